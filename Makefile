@@ -1,0 +1,52 @@
+# Every target sets up what it needs; a second run repeats none of it. Needs only Python >= 3.11.
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+CHROMIUM := $(VENV)/.chromium
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test check fix docs bench real clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/dissonance demo --out demo
+
+test: $(INSTALLED) $(CHROMIUM)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/sphinx-build -q -W --keep-going -n docs docs/_build/html
+
+fix: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -W --keep-going -n docs docs/_build/html
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/conflict.py
+	$(BIN)/python benchmarks/sampling.py
+
+clean:
+	rm -rf $(VENV) docs/_build build dist
+
+# torch first and by itself: a constraint of 2.13.0 lets pip take a CPU build where one is offered.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,gguf]'
+	touch $@
+
+# The browser of the report's tests: one that is there, else Debian's when root, else Playwright's own.
+$(CHROMIUM): $(INSTALLED)
+	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq chromium >/dev/null; \
+	else $(BIN)/python -m playwright install chromium; fi
+	touch $@
