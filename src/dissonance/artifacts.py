@@ -1,0 +1,274 @@
+"""The run folder: atomic writes, fingerprints, the ledger `run.json`, and parts of stages in flight.
+
+    RUN/
+      run.json        what was asked, with which versions, and the stages that are done
+      summary.json    the numbers, as `--json` prints them
+      report.html
+      round-000/      prompts.parquet completions.parquet queries.parquet
+        parts/        batches of a stage in flight; gone when the round's tables stand
+
+A file appears under its name complete or not at all: it is written beside it, flushed to disk, and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from dissonance.errors import RunError
+
+_FORMAT = 1
+_VERSIONED = ("dissonance", "torch", "transformers", "numpy", "pyarrow")
+_SAMPLE_BYTES = 1 << 20
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it, on error remove it."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        _fsync(temporary)
+        temporary.replace(path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one JSON object atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write one Parquet table atomically."""
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read one Parquet table of a run folder; a missing or damaged one is a RunError."""
+    if not path.is_file():
+        raise RunError(f"{path} is missing: finish the run first, with the command that made it")
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object of a run folder; a broken one is a RunError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} does not hold a JSON object")
+    return value
+
+
+def fingerprint(value: object) -> str:
+    """SHA-256 over the canonical JSON of a value."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def source_fingerprint(source: str) -> str:
+    """Identify a model or a file by content without reading gigabytes.
+
+    A local file or folder counts by names, sizes and the first and last MiB of each file, so that a model retrained in
+    place is another model; anything else (a hub id) counts by its name.
+    """
+    path = Path(source)
+    if not path.exists():
+        return fingerprint(source)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path) if path.is_dir() else file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_SAMPLE_BYTES))
+            stream.seek(max(_SAMPLE_BYTES, size - _SAMPLE_BYTES))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions a result may depend on."""
+    found = {}
+    for name in _VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run folder; use `create_run` or `open_run`."""
+
+    path: Path
+
+    def round(self, number: int = 0) -> Path:
+        """The folder of one round."""
+        return self.path / f"round-{number:03d}"
+
+    @property
+    def ledger(self) -> dict[str, Any]:
+        """What `run.json` says now."""
+        return read_json(self.path / "run.json")
+
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """The ledger's entry of a stage, or None while it is not done."""
+        entry: dict[str, Any] | None = self.ledger["stages"].get(stage)
+        return entry
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        """Enter a stage as done."""
+        ledger = self.ledger
+        ledger["stages"][stage] = {"finished": _now(), **facts}
+        write_json(self.path / "run.json", ledger)
+
+
+def matching_run(path: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Run | None:
+    """The run folder if it was made from the same settings and inputs, None if there is none yet; writes nothing.
+
+    Raises:
+        RunError: the folder holds something else, or was made with other settings or inputs.
+    """
+    if not (path / "run.json").exists():
+        if path.exists() and any(p.name != ".lock" for p in _listing(path)):
+            raise RunError(f"{path} is not empty and is not a run folder: choose another --out")
+        return None
+    _check_same(path, command, settings, inputs)
+    return Run(path)
+
+
+@contextmanager
+def create_run(path: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[Run]:
+    """Create the run folder, or go on with the one that was made from the same settings and inputs.
+
+    `inputs` maps a name to a fingerprint: of a model, of the prompts. The folder is locked while it is open.
+
+    Raises:
+        RunError: as `matching_run`, or the folder is in use.
+    """
+    matching_run(path, command, settings, inputs)
+    path.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        if matching_run(path, command, settings, inputs) is None:
+            ledger = {"format": _FORMAT, "command": command, "created": _now(), "settings": dict(settings)}
+            write_json(path / "run.json", {**ledger, "inputs": dict(inputs), "versions": versions(), "stages": {}})
+        run = Run(path)
+        run.round().mkdir(exist_ok=True)
+        yield run
+
+
+@contextmanager
+def open_run(path: Path) -> Iterator[Run]:
+    """Open and lock an existing run folder."""
+    if not (path / "run.json").is_file():
+        raise RunError(f"{path} is not a run folder: it has no run.json")
+    if read_json(path / "run.json").get("format") != _FORMAT:
+        raise RunError(f"{path} was made by another version of dissonance: make it anew")
+    with _locked(path):
+        yield Run(path)
+
+
+def _listing(path: Path) -> list[Path]:
+    try:
+        return list(path.iterdir())
+    except NotADirectoryError as error:
+        raise RunError(f"{path} is a file: --out names a folder") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"{path} is in use by another dissonance process: wait for it, or stop it") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_same(path: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    ledger = read_json(path / "run.json")
+    if ledger.get("format") != _FORMAT:
+        raise RunError(f"{path} was made by another version of dissonance: choose another --out")
+    if ledger["command"] != command:
+        raise RunError(f"{path} holds a run of `{ledger['command']}`, not of `{command}`: choose another --out")
+    before, now = _flatten(ledger["settings"]), _flatten(settings)
+    changed = [f"{k}: {before.get(k)!r}, now {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)]
+    changed += [f"the content of {k}" for k in inputs if ledger["inputs"].get(k) != inputs[k]]
+    if changed:
+        raise RunError(f"{path} was made with other settings ({'; '.join(changed)}): choose another --out")
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The finished batches of stages in flight, one small Parquet file each, in `round-XXX/parts`.
+
+    A batch is known by its stage, its window of prompts and its number in the window; since batches are planned from
+    the settings alone, a batch whose file stands need not be computed again, and gives what it would have given.
+    """
+
+    folder: Path
+
+    def path(self, stage: str, window: int, batch: int) -> Path:
+        """Where a batch rests."""
+        return self.folder / f"{stage}-{window:06d}-{batch:05d}.parquet"
+
+    def write(self, stage: str, window: int, batch: int, table: pa.Table, seconds: float) -> None:
+        """Store a batch and the time it took."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        metadata = {**(table.schema.metadata or {}), b"seconds": str(seconds).encode()}
+        write_table(self.path(stage, window, batch), table.replace_schema_metadata(metadata))
+
+    def read(self, stage: str, window: int, batch: int) -> pa.Table:
+        """One batch; a damaged file is a RunError."""
+        return read_table(self.path(stage, window, batch))
+
+    def remove(self) -> None:
+        """Forget every batch."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,323 @@
+"""The command line: options in, one call of the Python API, a summary out.
+
+Exit codes: 0 done; 2 the input is wrong, said in one line; 3 labels are due; 130 interrupted; 1 anything else.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from dissonance import __version__
+from dissonance.errors import DissonanceError, InputError
+from dissonance.progress import ProgressFactory, console, quiet
+
+app = typer.Typer(
+    name="dissonance",
+    help="Find the answers on which your reward model and your policy disagree.",
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Out = Annotated[Path, typer.Option("--out", help="The run folder: made anew, or gone on with.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+class RewardKind(StrEnum):
+    """Which way a reward model's output points."""
+
+    reward = "reward"
+    cost = "cost"
+
+
+class Likelihood(StrEnum):
+    """What the policy's side of the conflict is."""
+
+    sum = "sum"
+    mean = "mean"
+    relative = "relative"
+
+
+class ScoredLikelihood(StrEnum):
+    """What can be read off scored rows."""
+
+    sum = "sum"
+    mean = "mean"
+
+
+class Dtype(StrEnum):
+    """What models compute in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.callback(invoke_without_command=True)
+def main_callback(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Find the answers on which your reward model and your policy disagree."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def audit(
+    policy: Annotated[str, typer.Option(help="A causal LM: hub id, folder or .gguf file.")],
+    reward_model: Annotated[
+        str, typer.Option(help="A sequence classifier (hub id, folder, adapter folder), or module:callable.")
+    ],
+    prompts: Annotated[str, typer.Option(help="JSONL(.gz), JSON, Parquet, CSV, or a datasets id.")],
+    out: Out,
+    n: Annotated[int, typer.Option(help="Completions per prompt.")] = 8,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; log-likelihoods are at 1.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; log-likelihoods are without.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 256,
+    likelihood: Annotated[Likelihood, typer.Option(help="sum (the paper's), mean (per token) or relative.")] = (
+        Likelihood.sum
+    ),
+    reference: Annotated[str | None, typer.Option(help="Reference model, for --likelihood relative.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the policy.")] = None,
+    template: Annotated[
+        str, typer.Option(help="auto, chat, or a text such as 'Question: {prompt}\\n\\nAnswer:'.")
+    ] = "auto",
+    reward_kind: Annotated[RewardKind, typer.Option(help="cost: higher is worse.")] = RewardKind.reward,
+    reward_index: Annotated[int | None, typer.Option(help="Which output is the reward.")] = None,
+    reward_adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the reward model.")] = None,
+    reward_template: Annotated[str, typer.Option(help="auto, chat, pair, or a text with {prompt}.")] = "auto",
+    reward_max_length: Annotated[int | None, typer.Option(help="Tokens the reward model reads.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a datasets id.")] = "train",
+    text_column: Annotated[str | None, typer.Option(help="Column with the prompt.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column with the prompt's id.")] = None,
+    category_column: Annotated[str | None, typer.Option(help="Column with the category.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take the first so many prompts.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Draw so many prompts at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling of prompts and completions.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = Dtype.auto,
+    tokens_per_batch: Annotated[int | None, typer.Option(help="Bound on the tokens of one batch.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with a model.")] = False,
+    as_json: Json = False,
+    silent: Quiet = False,
+) -> None:
+    """Sample a policy, score its answers, and report where the reward model and the policy disagree.
+
+    Example: dissonance audit --policy ./policy --reward-model ./reward --prompts prompts.jsonl --out run
+    """
+    from dissonance.config import parse_config
+    from dissonance.loop import audit as run_audit
+
+    common = {
+        "device": device,
+        "dtype": dtype.value,
+        "tokens_per_batch": tokens_per_batch,
+        "trust_remote_code": trust_remote_code,
+    }
+    config = parse_config(
+        {
+            "prompts": {
+                "source": prompts,
+                "split": split,
+                "text_column": text_column,
+                "id_column": id_column,
+                "category_column": category_column,
+                "limit": limit,
+                "sample": sample,
+            },
+            "policy": {
+                "model": policy,
+                "adapter": adapter,
+                "template": _unescape(template),
+                "n": n,
+                "temperature": temperature,
+                "top_p": top_p,
+                "max_new_tokens": max_new_tokens,
+                "reference": reference,
+                **common,
+            },
+            "reward_model": {
+                "model": reward_model,
+                "adapter": reward_adapter,
+                "template": _unescape(reward_template),
+                "kind": reward_kind.value,
+                "index": reward_index,
+                "max_length": reward_max_length,
+                **common,
+            },
+            "likelihood": likelihood.value,
+            "seed": seed,
+        }
+    )
+    summary = run_audit(config, out, _progress(silent))
+    _say(summary, as_json, [*_conflict_lines(summary), f"report: {out / 'report.html'}"])
+
+
+@app.command()
+def conflicts(
+    scored: Annotated[Path, typer.Argument(help="Rows of prompt_id, completion_id, logprob, reward.")],
+    out: Out,
+    reward_kind: Annotated[RewardKind, typer.Option(help="cost: higher is worse.")] = RewardKind.reward,
+    likelihood: Annotated[ScoredLikelihood, typer.Option(help="sum, or mean (needs n_tokens).")] = ScoredLikelihood.sum,
+    as_json: Json = False,
+    silent: Quiet = False,
+) -> None:
+    """Measure conflict in scores you bring: Parquet (a file or a folder), JSONL or CSV, of any size.
+
+    A row per completion, or a row per prompt with lists. The folder OUT can be reported and selected from.
+
+    Example: dissonance conflicts scored.parquet --out run
+    """
+    from dissonance.loop import conflicts as run_conflicts
+
+    summary = run_conflicts(
+        scored, out, reward_kind=reward_kind.value, likelihood=likelihood.value, progress=_progress(silent)
+    )
+    _say(
+        summary, as_json, [*_conflict_lines(summary), f"tables: {out / 'round-000'}", f"report: {out / 'report.html'}"]
+    )
+
+
+@app.command()
+def select(
+    run: RunFolder,
+    budget: Annotated[int, typer.Option(help="Judgements to spend: 1 a comparison or rating, N-1 a ranking of N.")],
+    strategy: Annotated[
+        str,
+        typer.Option(help="shf_cas, discordant, pacs, kendall, random_prompts, random_pairs or margin."),
+    ] = "shf_cas",
+    tau: Annotated[str | None, typer.Option(help="Least K of a prompt: 0.6, or a quantile: q0.9.")] = None,
+    delta: Annotated[str | None, typer.Option(help="Least |PACS| of a completion: 1.2, or a quantile: q0.8.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the strategies that draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose what to ask people, within a budget; writes RUN/round-000/queries.parquet.
+
+    Example: dissonance select run --strategy discordant --budget 200
+    """
+    from dissonance.loop import select as run_select
+
+    chosen = run_select(run, strategy=strategy, budget=budget, tau=tau, delta=delta, seed=seed)
+    _say(chosen, as_json, [*chosen["explanation"], f"queries: {run / 'round-000' / 'queries.parquet'}"])
+
+
+@app.command()
+def report(run: RunFolder, as_json: Json = False) -> None:
+    """Write RUN/report.html anew.
+
+    Example: dissonance report run
+    """
+    from dissonance.report import write_report
+
+    path = write_report(run)
+    _say({"report": str(path)}, as_json, [f"report: {path}"])
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of the built-in world.")] = 0,
+    as_json: Json = False,
+    silent: Quiet = False,
+) -> None:
+    """Audit the built-in world: tiny models, trained from scratch here, on two tasks.
+
+    Example: dissonance demo --out demo
+    """
+    from dissonance.loop import demo as run_demo
+
+    summary = run_demo(out, seed=seed, progress=_progress(silent))
+    lines = []
+    for task, found in summary["tasks"].items():
+        lines += [f"{task}:", *(f"  {line}" for line in _conflict_lines(found["audit"]))]
+        lines += [f"  report: {out / task / 'report.html'}"]
+    _say(summary, as_json, lines)
+
+
+def _progress(silent: bool) -> ProgressFactory:
+    return quiet if silent else console
+
+
+def _unescape(template: str) -> str:
+    return template.replace("\\n", "\n")
+
+
+def _say(summary: Mapping[str, Any], as_json: bool, lines: list[str]) -> None:
+    print(json.dumps(summary, ensure_ascii=False, allow_nan=False) if as_json else "\n".join(lines))
+
+
+def _conflict_lines(summary: Mapping[str, Any]) -> list[str]:
+    kendall, rho = summary["kendall_tau_distance"], summary.get("length_correlation")
+    lines = [f"{summary['prompts']:,} prompts, {summary['completions']:,} completions"]
+    if kendall["mean"] is None:
+        return [*lines, "every prompt is degenerate: its rewards or its log-likelihoods are constant"]
+    lines += [
+        f"Kendall-tau distance: {kendall['mean']:.3f} (independent scores: {kendall['null_mean']:.3f}, "
+        f"sd {kendall['null_sd']:.3f} a prompt)",
+        f"prompts above the null's mean: {kendall['share_above_null']:.1%}, significantly: "
+        f"{kendall['share_significant']:.1%}",
+        f"mean |PACS|: {summary['mean_abs_pacs']:.3f}",
+    ]
+    if rho is not None:
+        warning = "; |rho| > 0.5: much of this conflict is length, try --likelihood mean" if abs(rho) > 0.5 else ""
+        lines.append(f"correlation of PACS with length: {rho:+.2f}{warning}")
+    notes = {
+        "degenerate": "degenerate prompts, with constant rewards or log-likelihoods",
+        "truncated": "conversations cut for the reward model, which reads no more",
+        "unfinished": "completions that ran into --max-new-tokens",
+        "duplicates": "duplicate prompts dropped",
+    }
+    return lines + [f"{summary[key]:,} {what}" for key, what in notes.items() if summary.get(key)]
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns its exit code."""
+    _calm_libraries()
+    try:
+        result = typer.main.get_command(app).main(arguments, prog_name="dissonance", standalone_mode=False)
+    except TyperException as error:
+        return _fail(getattr(error, "format_message", lambda: str(error))(), 2)
+    except DissonanceError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on where it was", 130)
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        return _fail(str(error), 1)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"dissonance: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _calm_libraries() -> None:
+    """Their progress bars and advice are about loading, which is not what the user asked for."""
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+__all__ = ["InputError", "app", "main", "run"]

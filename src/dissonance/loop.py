@@ -1,0 +1,211 @@
+"""The method in prose: what each command does, one line per stage."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dissonance.artifacts import (
+    Parts,
+    Run,
+    create_run,
+    matching_run,
+    open_run,
+    read_table,
+    source_fingerprint,
+    write_json,
+    write_table,
+)
+from dissonance.config import RewardKind, RunConfig
+from dissonance.errors import DataError, InputError
+from dissonance.huggingface import resolved
+from dissonance.progress import ProgressFactory, quiet
+from dissonance.prompts import LoadedPrompts, load_prompts, prompts_fingerprint
+from dissonance.report import write_report
+from dissonance.rewards import load_reward_model
+from dissonance.sampling import HFPolicy, HFReference
+from dissonance.scored import ScoredLikelihood, measure_scored
+from dissonance.selection import Strategy, parse_threshold, pool_from_tables, queries_table
+from dissonance.selection import select as select_queries
+from dissonance.stages import (
+    conflict_keys,
+    measure_conflicts,
+    plan_batches,
+    sample_completions,
+    score_completions,
+    score_reference,
+)
+
+
+def audit(config: RunConfig, out: Path, progress: ProgressFactory = quiet) -> dict[str, Any]:
+    """Sample a policy, score its completions, and find where the reward model and the policy disagree.
+
+    Leaves `completions.parquet` and `prompts.parquet` in OUT/round-000, `summary.json` and `report.html` in OUT. Run
+    again after an interruption, it goes on where it was; after it is done, it returns what it found.
+
+    Args:
+        config: the settings.
+        out: the run folder.
+        progress: opens the progress of each stage.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        InputError: a setting, the prompts or a model is wrong; nothing was written.
+    """
+    loaded = load_prompts(**config.prompts.model_dump(), seed=config.seed)
+    settings, inputs = _settings(config), _inputs(config, loaded)
+    finished = matching_run(out, "audit", settings, inputs)
+    if finished is not None and (done := finished.finished("audit")) is not None:
+        return dict(done["summary"])
+
+    policy = HFPolicy(config.policy, config.seed)
+    batches = plan_batches(policy, loaded.prompts)
+    reward_model = load_reward_model(config.reward_model)
+    reference = HFReference(config.policy) if config.likelihood == "relative" else None
+    first = loaded.prompts[0].messages
+    reward_model.score([first], [first[-1].content])  # one that cannot score anything is found out before the sampling
+
+    with create_run(out, "audit", settings, inputs) as run:
+        n = config.policy.n
+        sample_completions(run, policy, batches, n, progress)
+        del policy  # its memory is the reward model's now
+        score_completions(run, reward_model, batches, n, progress)
+        del reward_model
+        if reference is not None:
+            score_reference(run, reference, batches, n, progress)
+        found = measure_conflicts(run, loaded.prompts, batches, config.likelihood)
+        return _conclude(run, "audit", {**found, "duplicates": loaded.n_duplicates})
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    reward = {} if ":" in config.reward_model.model else {"reward_model": resolved(config.reward_model)}
+    return {**config.model_dump(), "resolved": {"policy": resolved(config.policy), **reward}}
+
+
+def _inputs(config: RunConfig, loaded: LoadedPrompts) -> dict[str, str]:
+    models = {
+        "policy.model": config.policy.model,
+        "policy.adapter": config.policy.adapter,
+        "policy.reference": config.policy.reference,
+        "reward_model.model": config.reward_model.model,
+        "reward_model.adapter": config.reward_model.adapter,
+    }
+    prints = {name: source_fingerprint(source) for name, source in models.items() if source is not None}
+    return {"prompts": prompts_fingerprint(loaded.prompts), **prints}
+
+
+def conflicts(
+    scored: Path,
+    out: Path,
+    *,
+    reward_kind: RewardKind = "reward",
+    likelihood: ScoredLikelihood = "sum",
+    progress: ProgressFactory = quiet,
+) -> dict[str, Any]:
+    """Measure conflict in scores that the user brings.
+
+    Args:
+        scored: rows of prompt_id, completion_id, logprob, reward, as `dissonance.scored` reads them.
+        out: the run folder; its round-000 gets the two tables, and `select` and `report` work on it.
+        reward_kind: `cost` negates the rewards.
+        likelihood: `mean` divides by n_tokens.
+        progress: opens the progress of the stage.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        InputError: the scores cannot be used; nothing was written.
+    """
+    settings = {"scored": str(scored), "reward_kind": reward_kind, "likelihood": likelihood}
+    if not scored.exists():
+        raise DataError(f"{scored}: no such file or folder")
+    inputs = {"scored": source_fingerprint(str(scored))}
+    finished = matching_run(out, "conflicts", settings, inputs)
+    if finished is not None and (done := finished.finished("conflicts")) is not None:
+        return dict(done["summary"])
+    fresh = not out.exists()
+    start = time.perf_counter()
+    try:
+        with create_run(out, "conflicts", settings, inputs) as run:
+            with progress("measuring", None, "completions") as advance:
+                found = measure_scored(
+                    scored,
+                    run.round() / "prompts.parquet",
+                    run.round() / "completions.parquet",
+                    reward_kind=reward_kind,
+                    likelihood=likelihood,
+                    on_progress=advance,
+                )
+            return _conclude(run, "conflicts", {**conflict_keys(found), "seconds": time.perf_counter() - start})
+    except InputError:
+        if fresh:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def select(
+    run: Path,
+    *,
+    budget: int,
+    strategy: str | Strategy = "shf_cas",
+    tau: str | None = None,
+    delta: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Choose what to ask people about; writes `queries.parquet` beside the tables of the round.
+
+    Args:
+        run: a finished run folder of `audit` or `conflicts`.
+        budget: judgements to spend: 1 for a comparison or a rating, N-1 for a ranking of N.
+        strategy: a name in `dissonance.selection.STRATEGIES`, or a callable like them.
+        tau: least K of a prompt, "0.6", or a quantile, "q0.9".
+        delta: least |PACS| of a completion, likewise.
+        seed: of the strategies that draw.
+
+    Returns:
+        The keys of `select --json`.
+
+    Raises:
+        InputError: the run is not finished, or an option is wrong; nothing was written.
+    """
+    with open_run(run) as opened:
+        likelihood = opened.ledger["settings"]["likelihood"]
+        pool = pool_from_tables(
+            read_table(opened.round() / "prompts.parquet"),
+            read_table(opened.round() / "completions.parquet"),
+            likelihood,
+        )
+        chosen = select_queries(
+            pool,
+            strategy,
+            budget=budget,
+            rng=np.random.default_rng(seed),
+            tau=None if tau is None else parse_threshold(tau, "tau"),
+            delta=None if delta is None else parse_threshold(delta, "delta"),
+        )
+        write_table(opened.round() / "queries.parquet", queries_table(chosen))
+        found = {
+            "strategy": chosen.strategy,
+            "judgements": chosen.judgements,
+            "prompts": chosen.prompts,
+            "queries": len(chosen.queries),
+            "thresholds": asdict(chosen.thresholds),
+            "explanation": list(chosen.explanation),
+        }
+        opened.finish("select", budget=budget, tau=tau, delta=delta, seed=seed, summary=found)
+    return found
+
+
+def _conclude(run: Run, command: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    write_json(run.path / "summary.json", summary)
+    write_report(run.path)
+    run.finish(command, summary=summary)
+    Parts(run.round() / "parts").remove()
+    return dict(summary)

@@ -1,0 +1,45 @@
+"""The protocols in front of every model; nothing heavy is imported here.
+
+A policy samples, a reward model scores. The shipped implementations are `dissonance.sampling.hf`,
+`dissonance.rewards.hf` and `dissonance.rewards.function`; `dissonance.testing` has small fakes.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from dissonance.records import Completion, Message, Prompt, Reward
+
+
+class Policy(Protocol):
+    """Draws completions with their log-likelihoods."""
+
+    def plan(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+        """Split prompts into batches.
+
+        The batches depend on the prompts and on the policy's settings alone, so that a run which was killed can leave
+        out those it has, and ends with what it would have had.
+        """
+        ...
+
+    def sample(self, batch: Sequence[Prompt]) -> list[Completion]:
+        """Every completion of one batch, ordered by prompt and completion_id."""
+        ...
+
+
+class ReferenceModel(Protocol):
+    """Gives the log-likelihood of the policy's token ids."""
+
+    def logprobs(self, prompts: Sequence[Prompt], token_ids: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+        """Sums of log pi_ref(token | prompt, earlier tokens) over token_ids[i][j], nats.
+
+        token_ids[i] holds the completions of prompts[i]; every prompt has equally many.
+        """
+        ...
+
+
+class RewardModel(Protocol):
+    """Scores completions; always oriented so that higher is better."""
+
+    def score(self, conversations: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[Reward]:
+        """One reward per pair conversations[i], completions[i]."""
+        ...

@@ -1,0 +1,184 @@
+"""A Hugging Face causal LM as a policy, and as a reference model."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dissonance.config import PolicyConfig
+from dissonance.errors import DataError, DissonanceError, ModelError
+from dissonance.huggingface import (
+    is_out_of_memory,
+    load_tokenizer,
+    loading,
+    resolve_device,
+    resolve_dtype,
+    resolve_source,
+    resolve_tokens_per_batch,
+)
+from dissonance.records import Completion, FinishReason, Prompt
+from dissonance.sampling.decode import Drawn, decode, teacher_force
+from dissonance.sampling.draw import stack_uniforms
+from dissonance.sampling.encode import PromptEncoder
+
+
+class HFPolicy:
+    """Any causal LM: a hub id, a local folder or a .gguf file, with or without a PEFT adapter.
+
+    Sampling is plain: temperature and top-p, no other processor of the model's generation config.
+
+    Raises:
+        ModelError: the model cannot be loaded, or is not a causal LM.
+    """
+
+    def __init__(self, config: PolicyConfig, seed: int = 0) -> None:
+        self._config, self._seed = config, seed
+        self._device = resolve_device(config.device)
+        self._budget = resolve_tokens_per_batch(config, self._device)
+        self._encode = PromptEncoder(config)
+        self._model = _load(config, config.model, self._device, "policy").to(self._device)
+        self._eos_ids = _eos_ids(self._model, self._encode.tokenizer)
+        self._row_limit: int | None = None
+
+    def plan(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+        """Split prompts into batches by length, each within the token budget; depends on nothing but the settings.
+
+        Raises:
+            DataError: a prompt leaves no room for max_new_tokens in the policy's context.
+        """
+        lengths = {prompt.prompt_id: len(self._encode(prompt)) for prompt in prompts}
+        self._check_room(lengths)
+        batches: list[list[Prompt]] = []
+        for prompt in sorted(prompts, key=lambda p: -lengths[p.prompt_id]):
+            # Longest first: a batch's first prompt bounds its width, and memory runs out early or not at all.
+            if batches and self._rows_cost(len(batches[-1]) + 1, lengths[batches[-1][0].prompt_id]) <= self._budget:
+                batches[-1].append(prompt)
+            else:
+                batches.append([prompt])
+        return batches
+
+    def _rows_cost(self, prompts: int, longest: int) -> int:
+        return prompts * self._config.n * (longest + self._config.max_new_tokens)
+
+    def _check_room(self, lengths: dict[str, int]) -> None:
+        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        new = self._config.max_new_tokens
+        too_long = [name for name, length in lengths.items() if context and length + new > context]
+        if too_long:
+            raise DataError(
+                f"{len(too_long)} prompts leave no room for {new} new tokens in the policy's {context} positions "
+                f"(the first, {too_long[0]!r}, has {lengths[too_long[0]]} tokens): shorten them or lower max_new_tokens"
+            )
+
+    def sample(self, batch: Sequence[Prompt]) -> list[Completion]:
+        """All completions of a batch, ordered by prompt and completion_id.
+
+        Out of memory halves the batch, and remembers the size that fitted. Equal token ids in a prompt get the same
+        log-likelihood: rounding must not break a tie.
+        """
+        completions = self._sample(list(batch), range(self._config.n))
+        first: dict[tuple[str, tuple[int, ...]], float] = {}
+        for c in completions:
+            first.setdefault((c.prompt_id, c.token_ids), c.logprob)
+        return [replace(c, logprob=first[c.prompt_id, c.token_ids]) for c in completions]
+
+    def _sample(self, batch: list[Prompt], completion_ids: range) -> list[Completion]:
+        rows = len(batch) * len(completion_ids)
+        if self._row_limit is None or rows <= self._row_limit:
+            try:
+                return self._sample_once(batch, completion_ids)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            if rows == 1:
+                raise DissonanceError(f"out of memory for one completion of prompt {batch[0].prompt_id!r}")
+            self._row_limit = rows // 2
+            torch.accelerator.empty_cache() if self._device.type != "cpu" else None
+        if len(batch) > 1:
+            middle = len(batch) // 2
+            return self._sample(batch[:middle], completion_ids) + self._sample(batch[middle:], completion_ids)
+        middle = len(completion_ids) // 2
+        return self._sample(batch, completion_ids[:middle]) + self._sample(batch, completion_ids[middle:])
+
+    def _sample_once(self, batch: list[Prompt], completion_ids: range) -> list[Completion]:
+        config = self._config
+        names = [prompt.prompt_id for prompt in batch]
+        drawn = decode(
+            self._model,
+            [self._encode(prompt) for prompt in batch],
+            stack_uniforms(self._seed, names, completion_ids, config.max_new_tokens),
+            eos_ids=self._eos_ids,
+            temperature=config.temperature,
+            top_p=config.top_p,
+        )
+        keys = [(name, completion_id) for name in names for completion_id in completion_ids]
+        return [self._completion(*key, row) for key, row in zip(keys, drawn, strict=True)]
+
+    def _completion(self, prompt_id: str, completion_id: int, row: Drawn) -> Completion:
+        text = self._encode.tokenizer.decode(row.token_ids, skip_special_tokens=True)
+        reason: FinishReason = "stop" if row.stopped else "length"
+        return Completion(prompt_id, completion_id, text, row.token_ids, reason, row.logprob)
+
+
+class HFReference:
+    """A causal LM that gives log-likelihoods of the policy's token ids.
+
+    Raises:
+        ModelError: it cannot be loaded, or its vocabulary is not the policy's, so that the ids mean other words.
+    """
+
+    def __init__(self, config: PolicyConfig) -> None:
+        name = config.reference or config.model
+        self._device = resolve_device(config.device)
+        self._encode = PromptEncoder(config)
+        without_adapter = config.model_copy(update={"model": name, "adapter": None})
+        vocabulary = load_tokenizer(without_adapter, "reference").get_vocab()
+        if vocabulary != self._encode.tokenizer.get_vocab():
+            raise ModelError(
+                f"reference: {name} has another vocabulary than the policy: use the policy's own base model"
+            )
+        self._model = _load(without_adapter, name, self._device, "reference")
+
+    def logprobs(self, prompts: Sequence[Prompt], token_ids: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+        """Sums of log pi_ref over token_ids[i][j], nats; every prompt has equally many completions."""
+        try:
+            model = self._model.to(self._device)
+            return teacher_force(model, [self._encode(prompt) for prompt in prompts], token_ids)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(prompts) == 1:
+                raise DissonanceError(f"reference: out of memory on prompt {prompts[0].prompt_id!r}") from error
+        middle = len(prompts) // 2
+        return self.logprobs(prompts[:middle], token_ids[:middle]) + self.logprobs(prompts[middle:], token_ids[middle:])
+
+
+def _load(config: PolicyConfig, name: str, device: torch.device, role: str) -> PreTrainedModel:
+    """A causal LM in eval mode, still in main memory, its adapter merged."""
+    source = resolve_source(name, role)
+    with loading(role, name):
+        known = AutoConfig.from_pretrained(source.name, trust_remote_code=config.trust_remote_code, **source.kwargs)
+        architecture = (known.architectures or [""])[0]
+        if architecture.endswith("ForSequenceClassification"):
+            raise ModelError(f"{role}: {name} is a classifier ({architecture}), not a causal LM")
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.name, dtype=resolve_dtype(config.dtype, device), output_loading_info=True,
+            trust_remote_code=config.trust_remote_code, **source.model_kwargs(),
+        )  # fmt: skip
+        if info["missing_keys"]:
+            raise ModelError(f"{role}: {name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
+        if config.adapter is not None:
+            model = PeftModel.from_pretrained(model, config.adapter).merge_and_unload()
+    return model.eval()
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a completion: the generation config's ids and the tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
+    known = sorted(i for i in ids if i is not None)
+    if not known:
+        raise ModelError("policy: neither its generation config nor its tokenizer names an end-of-sequence token")
+    return known

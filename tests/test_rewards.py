@@ -1,0 +1,213 @@
+"""Scores against independent forwards, whatever the batch and the padding; and what must be refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from conftest import WORDS
+from dissonance.config import RewardConfig
+from dissonance.errors import DataError, ModelError
+from dissonance.records import Message
+from dissonance.rewards import FunctionRewardModel, HFRewardModel, load_reward_model
+
+CONVERSATIONS = [(Message("user", " ".join(WORDS[i : i + 1 + i % 7])),) for i in range(12)]
+ANSWERS = [" ".join(WORDS[i : i + 1 + (i * 5) % 9]) for i in range(12)]
+
+
+def config(folder: Path | str, **settings: Any) -> RewardConfig:
+    return RewardConfig(model=str(folder), **settings)
+
+
+def values(model: Any, answers: list[str] = ANSWERS) -> list[float]:
+    return [r.value for r in model.score(CONVERSATIONS[: len(answers)], answers)]
+
+
+def independent(folder: Path, text: str, pair: str | None = None, *, special: bool) -> float:
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(text, pair, return_tensors="pt", add_special_tokens=special)
+    accepted = {"input_ids", "attention_mask"} | ({"token_type_ids"} if pair else set())
+    with torch.inference_mode():
+        return float(model(**{k: v for k, v in inputs.items() if k in accepted}).logits[0, 0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_chat_scores_equal_single_forwards(make_reward_model: Any, kind: str) -> None:
+    folder = make_reward_model(kind)
+    found = values(HFRewardModel(config(folder)))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for value, messages, answer in zip(found, CONVERSATIONS, ANSWERS, strict=True):
+        turns = [{"role": "user", "content": messages[0].content}, {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        assert value == pytest.approx(independent(folder, text, special=False), abs=1e-5)
+    assert len(set(found)) == 12
+
+
+def test_plain_text_ends_with_eos_as_trl_trains_it(make_reward_model: Any) -> None:
+    folder = make_reward_model(chat=False)
+    found = values(HFRewardModel(config(folder)))
+    for value, messages, answer in zip(found, CONVERSATIONS, ANSWERS, strict=True):
+        text = f"Question: {messages[0].content}\n\nAnswer: {answer}<eos>"
+        # White-space splitting keeps "<eos>" a token of its own.
+        assert value == pytest.approx(independent(folder, text, special=True), abs=1e-5)
+
+
+def test_encoders_read_prompt_and_answer_as_a_pair(make_reward_model: Any) -> None:
+    folder = make_reward_model("bert")
+    found = values(HFRewardModel(config(folder)))
+    for value, messages, answer in zip(found, CONVERSATIONS, ANSWERS, strict=True):
+        assert value == pytest.approx(independent(folder, messages[0].content, answer, special=True), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_neither_batch_size_nor_padding_side_matters(make_reward_model: Any, kind: str) -> None:
+    folder = make_reward_model(kind)
+    whole = values(HFRewardModel(config(folder)))
+    assert values(HFRewardModel(config(folder, tokens_per_batch=1))) == pytest.approx(whole, abs=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        tokenizer.save_pretrained(folder)
+        assert values(HFRewardModel(config(folder))) == whole
+
+
+def test_a_model_without_a_pad_id_is_read_at_its_last_token(make_reward_model: Any) -> None:
+    folder = make_reward_model(seed=5)
+    padded = values(HFRewardModel(config(folder)))
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.config.pad_token_id = None
+    model.save_pretrained(folder)
+    assert values(HFRewardModel(config(folder))) == pytest.approx(padded, abs=1e-5)
+
+
+def test_a_cost_model_is_negated(reward_folder: Path) -> None:
+    rewards = values(HFRewardModel(config(reward_folder)))
+    assert values(HFRewardModel(config(reward_folder, kind="cost"))) == [-value for value in rewards]
+
+
+def test_an_output_can_be_chosen(make_reward_model: Any) -> None:
+    folder = make_reward_model(num_labels=3)
+    columns = [values(HFRewardModel(config(folder, index=i))) for i in range(3)]
+    assert len({tuple(column) for column in columns}) == 3
+    with pytest.raises(ModelError, match="has 3 outputs: name the one to use with --reward-index"):
+        HFRewardModel(config(folder))
+    with pytest.raises(ModelError, match="has outputs 0 to 2"):
+        HFRewardModel(config(folder, index=3))
+
+
+def test_truncation_is_reported_and_keeps_the_answer(reward_folder: Path) -> None:
+    model = HFRewardModel(config(reward_folder, max_length=10))
+    long = " ".join(WORDS[:40])
+    rewards = model.score([(Message("user", long),), (Message("user", "w7 " + long),), CONVERSATIONS[0]], ["w1"] * 3)
+    assert [r.truncated for r in rewards] == [True, True, False]
+    assert rewards[0].value == rewards[1].value  # they differ only in what was cut: the start
+
+
+def test_an_encoder_keeps_its_first_token_when_it_cuts(make_reward_model: Any) -> None:
+    model = HFRewardModel(config(make_reward_model("bert"), max_length=8))
+    assert model._cut((1, *range(10, 30), 2)) == (1, *range(24, 30), 2)
+
+
+def test_equal_answers_get_equal_rewards(reward_folder: Path) -> None:
+    rewards = HFRewardModel(config(reward_folder)).score([CONVERSATIONS[1]] * 7, [*ANSWERS[:6], ANSWERS[0]])
+    assert rewards[0] == rewards[6]
+
+
+def test_a_causal_lm_is_refused(policy_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"is a causal LM \(LlamaForCausalLM\); its reward head would be random"):
+        HFRewardModel(config(policy_folder))
+
+
+def test_a_head_without_weights_is_refused(make_reward_model: Any) -> None:
+    folder = make_reward_model()
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    state = {name: value for name, value in model.state_dict().items() if name != "score.weight"}
+    model.save_pretrained(folder, state_dict=state)
+    with pytest.raises(ModelError, match=r"has no weights for score\.weight"):
+        HFRewardModel(config(folder))
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_an_adapter_must_bring_its_head(policy_folder: Path, tmp_path: Path, with_head: bool) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(policy_folder, num_labels=1)
+    settings = {"modules_to_save": ["score"]} if with_head else {"modules_to_save": []}
+    # task_type is left out on purpose: with SEQ_CLS, PEFT saves the head by itself.
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **settings))
+    adapted.save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(policy_folder).save_pretrained(tmp_path / "adapter")
+    if not with_head:
+        with pytest.raises(ModelError, match="modules_to_save"):
+            HFRewardModel(config(tmp_path / "adapter"))
+        return
+    with torch.inference_mode():
+        tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+        turns = [{"role": "user", "content": CONVERSATIONS[0][0].content}, {"role": "assistant", "content": ANSWERS[0]}]
+        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+        expected = float(adapted.eval()(input_ids=ids).logits[0, 0])
+    for chosen in (config(tmp_path / "adapter"), config(policy_folder, adapter=str(tmp_path / "adapter"))):
+        assert values(HFRewardModel(chosen), ANSWERS[:1]) == pytest.approx([expected], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "file.txt", "a b"])
+def test_what_is_not_a_model_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file.txt").write_text("x")
+    with pytest.raises(ModelError, match="is not a model"):
+        HFRewardModel(config(name))
+
+
+def test_a_hub_id_out_of_reach_is_one_line() -> None:
+    with pytest.raises(ModelError, match="reward model: nobody/nothing cannot be loaded") as caught:
+        HFRewardModel(config("nobody/nothing"))
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_weights_give_a_clear_error(make_reward_model: Any) -> None:
+    folder = make_reward_model()
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    torch.nn.init.constant_(model.score.weight, float("nan"))
+    model.save_pretrained(folder)
+    with pytest.raises(DataError, match="gave nan for"):
+        values(HFRewardModel(config(folder)))
+
+
+FUNCTIONS = """
+import torch
+def length(prompts, completions):
+    assert prompts[0][0]["role"] == "user"
+    return torch.tensor([float(len(c)) for c in completions])
+def nan(prompts, completions):
+    return [0.0] * (len(completions) - 1) + [float("nan")]
+def words(prompts, completions):
+    return ["good"] * len(completions)
+def short(prompts, completions):
+    return [1.0]
+number = 3
+"""
+
+
+def test_any_callable_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = load_reward_model(config("my_rewards:length", kind="cost"))
+    assert isinstance(model, FunctionRewardModel)
+    assert values(model) == [-len(answer) for answer in ANSWERS]
+    for name, message in {
+        "nan": "returned nan for .*: rewards must be finite numbers",
+        "words": "returned 'good' for",
+        "short": "returned 1 rewards for 12 completions",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            values(load_reward_model(config(f"my_rewards:{name}")))
+    for name, message in {
+        "my_rewards:missing": "cannot be imported",
+        "no_such_module_here:f": "cannot be imported",
+        "my_rewards:number": "is a int, not a callable",
+    }.items():
+        with pytest.raises(ModelError, match=message):
+            load_reward_model(config(name))
