@@ -10,7 +10,7 @@ Ties in K count as in Fagin, Kumar, Mahdian, Sivakumar and Vee, "Comparing Parti
 20(3), 2006), with penalty 1/2. The distribution of K for independent rankings is Kendall's (Rank Correlation Methods,
 chapters 4 and 5).
 
-All arithmetic is float64. Prompts of one N are handled together, in blocks: beyond input and output, memory is a few MB.
+All arithmetic is float64. Prompts of one N are handled together, in blocks: beyond input and output, it takes a few MB.
 """
 
 from collections.abc import Iterator, Sequence

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -31,11 +32,11 @@ RewardKind = Literal["reward", "cost"]
 ScoredLikelihood = Literal["sum", "mean"]
 
 _LOGPROB_TOLERANCE = 1e-6
-_BUCKET_BYTES = 64 << 20
-_MAX_BUCKETS = 256  # each is an open file
+_BUCKET_BYTES = 32 << 20
+_MAX_BUCKETS = 128  # each is an open file, and some systems allow 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Prompts:
     """Whole prompts, the rows of each together."""
 
@@ -45,7 +46,7 @@ class _Prompts:
     starts: npt.NDArray[np.int64]
     """(P,) the first row of each prompt."""
 
-    @property
+    @cached_property
     def ids(self) -> pa.ChunkedArray:
         """(P,) prompt_id of each prompt."""
         return self.rows["prompt_id"].take(pa.array(self.starts))
@@ -64,7 +65,7 @@ class _NotGroupedError(Exception):
     """A prompt came back after another one: no fault of the file's, and seen by nobody outside."""
 
 
-def measure_scored(  # noqa: PLR0913 - what is optional goes by keyword
+def measure_scored(
     source: Path,
     prompts_out: Path,
     completions_out: Path,
@@ -84,7 +85,7 @@ def measure_scored(  # noqa: PLR0913 - what is optional goes by keyword
             oriented, so that higher is better.
         reward_kind: `cost` if the source's rewards are costs, to be negated.
         likelihood: `mean` to measure with logprob / n_tokens; the column logprob stays the sum.
-        on_progress: told now and then how many completions have been written so far.
+        on_progress: told now and then how many completions were written since it was last told.
         batch_rows: how many rows of the source are read at a time, at most.
 
     Raises:
@@ -95,7 +96,10 @@ def measure_scored(  # noqa: PLR0913 - what is optional goes by keyword
         if value not in known:
             raise SettingsError(f"{value!r} is not known: use {' or '.join(known)}")
 
+    told = 0  # across both attempts: a second one is silent until it gets farther than the first
+
     def write(schema: pa.Schema, chunks: Iterator[_Prompts]) -> ConflictSummary:
+        nonlocal told
         total = ConflictTally()
         with _writers(schema, prompts_out, completions_out) as (prompts, completions):
             for chunk in chunks:
@@ -103,8 +107,9 @@ def measure_scored(  # noqa: PLR0913 - what is optional goes by keyword
                 prompts.write_table(_prompts_table(chunk, found, prompts.schema))
                 completions.write_table(_completions_table(chunk, found, completions.schema))
                 total += tally(found)
-                if on_progress:
-                    on_progress(total.completions)
+                if on_progress and total.completions > told:
+                    on_progress(total.completions - told)
+                    told = total.completions
             if not total.prompts:
                 raise DataError("there are no rows in it")
         return total.summary()
@@ -161,7 +166,9 @@ class _HashSet:
         self._runs: list[npt.NDArray[np.int64]] = []
 
     def checked(self, prompts: _Prompts) -> _Prompts:
-        """Close these prompts; _NotGroupedError if one of them is closed already."""
+        """Close these prompts; _NotGroupedError if one is closed already, or has one row: its others may follow."""
+        if np.diff(prompts.offsets).min() < 2:
+            raise _NotGroupedError
         ids = prompts.ids.to_numpy()
         run = np.sort(np.fromiter(map(hash, ids), np.int64, len(ids)))
         if np.any(run[1:] == run[:-1]) or any(_intersect(run, earlier) for earlier in self._runs):
@@ -179,14 +186,15 @@ def _intersect(some: npt.NDArray[np.int64], of_sorted: npt.NDArray[np.int64]) ->
 
 
 def _regrouped(rows: ScoredRows, folder: Path) -> Iterator[_Prompts]:
-    """Whole prompts bucket by bucket; in a bucket, prompts and their rows in the order of the source."""
+    """Whole prompts bucket by bucket, in the order of their first rows; the rows of each by completion_id, if any."""
     for path in _deal_out(rows, folder):
         with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
             bucket = reader.read_all()
         path.unlink()
         if bucket.num_rows:
             first_seen = bucket["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-            order = np.argsort(first_seen, kind="stable")
+            within = [bucket["completion_id"].to_numpy()] if "completion_id" in bucket.column_names else []
+            order = np.lexsort([*within, first_seen])  # the last key leads; rows with equal keys stay in order
             together = bucket.take(pa.array(order))
             yield _Prompts(together, np.append(0, np.flatnonzero(np.diff(first_seen[order])) + 1))
 

@@ -112,9 +112,9 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _fragment(fragment: Any, batch_rows: int) -> Batches:
-    # Not fragment.to_batches: that decodes a whole row group at once, however large.
+    # Neither fragment.to_batches nor pre_buffer: they hold a whole row group, however large.
     keys = pa_dataset.get_partition_keys(fragment.partition_expression)
-    with pq.ParquetFile(fragment.path, buffer_size=1 << 20) as file:
+    with pq.ParquetFile(fragment.path, pre_buffer=False, buffer_size=1 << 20) as file:
         for batch in file.iter_batches(batch_rows):
             table = batch
             for name in keys.keys() - set(batch.schema.names):
