@@ -95,7 +95,7 @@ class _Asked:
         )
 
 
-def load_prompts(  # noqa: PLR0913 - one keyword per option of the command line
+def load_prompts(
     source: str,
     *,
     split: str = "train",
@@ -363,7 +363,7 @@ def _parquet_rows(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterato
 def _open_folder(path: Path, split: str, asked: _Asked) -> _Opened:
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _open_hub(str(path), None, split, asked)
-    import datasets  # noqa: PLC0415 - slow to import, and files need none of it
+    import datasets  # slow to import, and files need none of it
 
     try:
         dataset = datasets.load_from_disk(str(path))
@@ -377,7 +377,7 @@ def _open_folder(path: Path, split: str, asked: _Asked) -> _Opened:
 
 
 def _open_hub(name: str, config: str | None, split: str, asked: _Asked) -> _Opened:
-    import datasets  # noqa: PLC0415 - slow to import, and files need none of it
+    import datasets  # slow to import, and files need none of it
 
     try:
         dataset = datasets.load_dataset(name, config, split=split)

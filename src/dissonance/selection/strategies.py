@@ -1,0 +1,227 @@
+"""Acquisition strategies: pool, budget, thresholds and rng -> queries, in the order of asking.
+
+All spend the same currency, judgements: 1 for a rating or a comparison, N-1 for a ranking of N. None exceeds the
+budget; each spends all of it if there is enough to ask. Ties are broken by `rng`, since an order by position would
+favour whatever stands first in the file. Degenerate prompts have no conflict, so that `shf_cas`, `discordant`,
+`pacs` and `kendall` leave them out; `random_prompts`, `random_pairs` and `margin`, which measure no conflict, do not.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dissonance.records import Query, QueryKind
+from dissonance.selection.pool import FloatArray, IntArray, Pool
+from dissonance.selection.thresholds import Thresholds
+
+Strategy = Callable[[Pool, int, Thresholds, np.random.Generator], Sequence[Query]]
+"""What to ask within a budget of judgements; `Pool.answers` are the completions to choose among."""
+
+_PAIRS_PER_BLOCK = 1 << 20
+"""Pairs held at once, so that memory does not grow with the pool."""
+
+
+def shf_cas(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
+    """Rate the completions with |PACS| >= delta of the prompts with K >= tau, largest |PACS| first.
+
+    Liu et al., arXiv 2512.09212, Algorithm 1, which asks about all of them; here a budget may cut the list. Without
+    thresholds, all completions stand in the list.
+    """
+    return _ratings(pool, conflicting_answers(pool, thresholds), budget, rng)
+
+
+def pacs(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
+    """Rate the completions with |PACS| >= delta, largest |PACS| first, whatever their prompt's K."""
+    return _ratings(pool, conflicting_answers(pool, Thresholds(delta=thresholds.delta)), budget, rng)
+
+
+def kendall(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
+    """Rank the answers of the prompts with K >= tau, largest K first; a last, partial one keeps the largest |PACS|."""
+    prompts = np.flatnonzero(conflicting_prompts(pool, thresholds) & (pool.n_answers > 1))
+    distances = pool.kendall_tau_distance
+    ordered = prompts[_falling(distances[prompts], rng)]
+    return [
+        _query(pool, "ranking", answers, distances[p], f"K = {distances[p]:.2f}; {_extent(pool, p, answers)}")
+        for p, answers in _to_rank(pool, ordered, np.abs(pool.pacs), budget)
+    ]
+
+
+def random_prompts(pool: Pool, budget: int, _thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
+    """Rank the answers of prompts drawn at random; a last, partial ranking keeps answers drawn at random."""
+    prompts = rng.permutation(np.flatnonzero(pool.n_answers > 1))
+    return [
+        _query(pool, "ranking", answers, 0.0, f"prompt drawn at random; {_extent(pool, p, answers)}")
+        for p, answers in _to_rank(pool, prompts, rng.random(len(pool.pacs)), budget)
+    ]
+
+
+def discordant(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
+    """Draw prompts in proportion to K^2, and compare in each the discordant pair with the largest PACS gap.
+
+    Without replacement, by Gumbel top-k (Efraimidis and Spirakis 2006; Kool et al. 2019), among the prompts with
+    K >= tau; one without a discordant pair is passed over. Once every prompt was asked about, the same order is
+    gone through again with the next-largest gap. Ours: conflict-driven, yet diverse.
+    """
+    prompts = np.flatnonzero(conflicting_prompts(pool, thresholds) & (pool.kendall_tau_distance > 0))
+    keys = 2 * np.log(pool.kendall_tau_distance[prompts]) + rng.gumbel(size=len(prompts))
+    first, second = _discordant_rounds(pool, prompts[np.argsort(-keys)], budget)
+    gaps = np.abs(pool.pacs[first] - pool.pacs[second])
+    return [_comparison(pool, i, j, g, _opposition(pool, i, j, g)) for i, j, g in zip(first, second, gaps, strict=True)]
+
+
+def margin(pool: Pool, budget: int, _thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
+    """Compare the pairs whose rewards are closest, where the reward model is least certain."""
+    blocks = []
+    for block in pairs(pool, np.arange(len(pool))):
+        margins, ties = np.abs(pool.reward[block[0]] - pool.reward[block[1]]), rng.random(len(block[0]))
+        kept = _smallest(margins, ties, budget)
+        blocks.append((*(side[kept] for side in block), margins[kept], ties[kept]))
+    if not blocks:
+        return []
+    first, second, margins, ties = (np.concatenate(column) for column in zip(*blocks, strict=True))
+    return [
+        _comparison(pool, first[k], second[k], -margins[k], f"rewards only {margins[k]:.3g} apart")
+        for k in _smallest(margins, ties, budget)
+    ]
+
+
+def random_pairs(pool: Pool, budget: int, _thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
+    """Compare pairs drawn uniformly, without replacement, from all pairs of distinct answers to one prompt."""
+    ends = np.cumsum(pool.n_answers * (pool.n_answers - 1) // 2)
+    total = int(ends[-1]) if len(ends) else 0
+    drawn = rng.choice(total, size=min(budget, total), replace=False) if total else np.empty(0, dtype=np.int64)
+    prompts = np.searchsorted(ends, drawn, side="right")
+    # Pair u of a prompt, in the order (0, 1), (0, 2), (1, 2), (0, 3), ...: j is the largest with j(j-1)/2 <= u.
+    within = drawn - np.concatenate(([0], ends))[prompts]
+    j = ((1 + np.sqrt(1 + 8 * within)) // 2).astype(np.int64)
+    i = within - j * (j - 1) // 2
+    start = pool.answer_offsets[prompts]
+    chosen = zip(pool.answers[start + i], pool.answers[start + j], strict=True)
+    return [_comparison(pool, a, b, 0.0, "pair drawn at random") for a, b in chosen]
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "shf_cas": shf_cas,
+    "discordant": discordant,
+    "pacs": pacs,
+    "kendall": kendall,
+    "random_prompts": random_prompts,
+    "random_pairs": random_pairs,
+    "margin": margin,
+}
+
+
+def conflicting_prompts(pool: Pool, thresholds: Thresholds) -> NDArray[np.bool_]:
+    """(P,): which prompts are not degenerate and have K >= tau."""
+    least = 0.0 if thresholds.tau is None else thresholds.tau
+    return ~pool.degenerate & (pool.kendall_tau_distance >= least)
+
+
+def conflicting_answers(pool: Pool, thresholds: Thresholds) -> IntArray:
+    """Flat indices of the distinct answers with |PACS| >= delta in the conflicting prompts."""
+    answers = pool.answers[conflicting_prompts(pool, thresholds)[pool.prompt_of[pool.answers]]]
+    least = 0.0 if thresholds.delta is None else thresholds.delta
+    return answers[np.abs(pool.pacs[answers]) >= least]
+
+
+def pairs(pool: Pool, prompts: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
+    """Yield every pair of distinct answers of these prompts as flat indices i < j, in blocks of bounded size."""
+    counts = pool.n_answers[prompts]
+    for n in np.unique(counts[counts > 1]):
+        members = prompts[counts == n]
+        i, j = np.triu_indices(int(n), 1)
+        step = max(1, _PAIRS_PER_BLOCK // len(i))
+        for start in range(0, len(members), step):
+            block = pool.answers[pool.answer_offsets[members[start : start + step], None] + np.arange(n)]
+            yield block[:, i].ravel(), block[:, j].ravel()
+
+
+def _falling(values: FloatArray, rng: np.random.Generator) -> IntArray:
+    """Positions in falling order of value, ties at random."""
+    return np.lexsort((rng.random(len(values)), -values))
+
+
+def _smallest(values: FloatArray, ties: FloatArray, k: int) -> IntArray:
+    """Positions of the k smallest values, rising; equal ones by `ties`. Sorts no more than it must."""
+    candidates = np.arange(len(values))
+    if len(values) > k:
+        candidates = np.flatnonzero(values <= np.partition(values, k - 1)[k - 1])
+    return candidates[np.lexsort((ties[candidates], values[candidates]))[:k]]
+
+
+def _ratings(pool: Pool, answers: IntArray, budget: int, rng: np.random.Generator) -> list[Query]:
+    chosen = answers[_falling(np.abs(pool.pacs[answers]), rng)[:budget]]
+    return [_query(pool, "rating", chosen[[k]], abs(pool.pacs[i]), _ranks(pool, i)) for k, i in enumerate(chosen)]
+
+
+def _to_rank(pool: Pool, prompts: IntArray, keep: FloatArray, budget: int) -> Iterator[tuple[int, IntArray]]:
+    """Yield prompts (each has two answers or more) with all their answers; of the last, those with the largest `keep`.
+
+    A whole ranking would rarely end exactly on the budget, and strategies are compared at equal cost.
+    """
+    for prompt in prompts:
+        if budget == 0:
+            return
+        answers = pool.answers[pool.answer_offsets[prompt] : pool.answer_offsets[prompt + 1]]
+        if len(answers) - 1 > budget:
+            answers = np.sort(answers[np.argsort(-keep[answers], kind="stable")[: budget + 1]])
+        budget -= len(answers) - 1
+        yield int(prompt), answers
+
+
+def _discordant_rounds(pool: Pool, prompts: IntArray, budget: int) -> tuple[IntArray, IntArray]:
+    """Flat indices of discordant pairs: of each prompt, in order, the one with the largest gap, then the next, ..."""
+    place = np.empty(len(pool), dtype=np.int64)
+    place[prompts] = np.arange(len(prompts))
+    blocks = [np.empty((2, 0), dtype=np.int64)]
+    n_prompts, step = 0, max(budget, 1024)
+    for start in range(0, len(prompts), step):
+        for first, second in pairs(pool, prompts[start : start + step]):
+            opposed = np.sign(pool.reward[first] - pool.reward[second]) * np.sign(
+                pool.loglikelihood[first] - pool.loglikelihood[second]
+            )
+            blocks.append(np.stack((first, second))[:, opposed < 0])
+            n_prompts += len(np.unique(pool.prompt_of[blocks[-1][0]]))
+        if n_prompts >= budget:
+            break
+    first, second = np.concatenate(blocks, axis=1)
+    where = place[pool.prompt_of[first]]
+    order = np.lexsort((-np.abs(pool.pacs[first] - pool.pacs[second]), where))
+    ordered = where[order]
+    turn = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    asked = order[np.lexsort((ordered, turn))[:budget]]
+    return first[asked], second[asked]
+
+
+def _comparison(pool: Pool, first: int, second: int, priority: float, reason: str) -> Query:
+    return _query(pool, "pairwise", np.array([first, second]), priority, reason)
+
+
+def _query(pool: Pool, kind: QueryKind, answers: IntArray, priority: float, reason: str) -> Query:
+    ids = tuple(pool.completion_ids[answers].tolist())
+    return Query(pool.prompt_ids[pool.prompt_of[answers[0]]], kind, ids, float(priority), reason)
+
+
+def _ranks(pool: Pool, answer: int) -> str:
+    prompt = pool.prompt_of[answer]
+    rows = slice(pool.offsets[prompt], pool.offsets[prompt + 1])
+    by_reward, by_policy = (
+        f"{1 + np.count_nonzero(scores[rows] > scores[answer])} of {rows.stop - rows.start}"
+        for scores in (pool.reward, pool.loglikelihood)
+    )
+    distance = pool.kendall_tau_distance[prompt]
+    return f"K = {distance:.2f}; reward ranks it {by_reward}, policy {by_policy}; PACS {pool.pacs[answer]:+.2f}"
+
+
+def _opposition(pool: Pool, first: int, second: int, gap: float) -> str:
+    liked, likely = (first, second) if pool.reward[first] > pool.reward[second] else (second, first)
+    ids, distance = pool.completion_ids, pool.kendall_tau_distance[pool.prompt_of[first]]
+    return f"K = {distance:.2f}; reward prefers {ids[liked]}, policy {ids[likely]}; PACS {gap:.2f} apart"
+
+
+def _extent(pool: Pool, prompt: int, answers: IntArray) -> str:
+    n_answers = pool.n_answers[prompt]
+    if len(answers) == n_answers:
+        return f"all {n_answers} answers"
+    return f"{len(answers)} of {n_answers} answers, to fit the budget"
