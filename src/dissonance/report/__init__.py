@@ -1,0 +1,29 @@
+"""A run folder -> one HTML file that needs nothing else: no network, no other file, nothing executed but its own code.
+
+tables.py      Parquet -> numbers; text only for the rows that are shown
+statistics.py  numbers -> histograms, the null, intervals, bands, chosen rows
+examples.py    the prompts and answers spelled out
+headline.py    what it means, in words
+charts.py      Vega-Lite specifications
+page.py        all of it -> HTML
+"""
+
+from pathlib import Path
+
+from dissonance.artifacts import atomic_path
+from dissonance.report.page import render_report
+
+__all__ = ["render_report", "write_report"]
+
+
+def write_report(run: Path) -> Path:
+    """Write `report.html` into a finished run folder, atomically, and return its path.
+
+    Raises:
+        RunError: the folder is no run, or the run is not finished.
+    """
+    html = render_report(run)
+    path = run / "report.html"
+    with atomic_path(path) as temporary:
+        temporary.write_text(html, encoding="utf-8", newline="\n")
+    return path
