@@ -29,12 +29,7 @@ __all__ = [
     "pacs",
     "select",
 ]
-_LAZY = {
-    "RunConfig": "dissonance.config",
-    "audit": "dissonance.loop",
-    "conflicts": "dissonance.loop",
-    "select": "dissonance.loop",
-}
+_LAZY = {"RunConfig": "config", "audit": "loop", "conflicts": "loop", "select": "loop"}
 
 
 def __getattr__(name: str) -> Any:
@@ -43,4 +38,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_LAZY[name]), name)
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

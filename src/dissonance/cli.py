@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 the input is wrong, said in one line; 3 labels are due; 13
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from enum import StrEnum
@@ -263,10 +264,9 @@ def _conflict_lines(summary: Mapping[str, Any]) -> list[str]:
     if kendall["mean"] is None:
         return [*lines, "every prompt is degenerate: its rewards or its log-likelihoods are constant"]
     lines += [
-        f"Kendall-tau distance: {kendall['mean']:.3f} (independent scores: {kendall['null_mean']:.3f}, "
-        f"sd {kendall['null_sd']:.3f} a prompt)",
-        f"prompts above the null's mean: {kendall['share_above_null']:.1%}, significantly: "
-        f"{kendall['share_significant']:.1%}",
+        f"Kendall-tau distance: {kendall['mean']:.3f}",
+        f"independent scores would give: {kendall['null_mean']:.3f}, with sd {kendall['null_sd']:.3f} between prompts",
+        f"prompts above that: {kendall['share_above_null']:.1%}; significantly: {kendall['share_significant']:.1%}",
         f"mean |PACS|: {summary['mean_abs_pacs']:.3f}",
     ]
     if rho is not None:
@@ -292,7 +292,8 @@ def run(arguments: list[str]) -> int:
     try:
         result = typer.main.get_command(app).main(arguments, prog_name="dissonance", standalone_mode=False)
     except TyperException as error:
-        return _fail(getattr(error, "format_message", lambda: str(error))(), 2)
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        return _fail(message, 2)
     except DissonanceError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -311,8 +312,6 @@ def _fail(message: str, code: int) -> int:
 
 def _calm_libraries() -> None:
     """Their progress bars and advice are about loading, which is not what the user asked for."""
-    import os
-
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

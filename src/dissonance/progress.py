@@ -15,7 +15,7 @@ _PLAIN_EVERY_SECONDS = 10.0
 
 
 class ProgressFactory(Protocol):
-    """Opens the progress of one stage; the stage calls what it gets with the number of items done since the last call."""
+    """Opens the progress of one stage, which calls what it gets with the number of items done since the last call."""
 
     def __call__(self, label: str, total: int | None, unit: str) -> AbstractContextManager[Advance]:
         """`total` is None where it is not known beforehand."""
@@ -26,7 +26,7 @@ class ProgressFactory(Protocol):
 def quiet(label: str, total: int | None, unit: str) -> Iterator[Advance]:
     """Say nothing."""
     del label, total, unit
-    yield lambda done: None
+    yield lambda _: None
 
 
 @contextmanager

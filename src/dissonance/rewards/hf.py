@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -168,6 +167,8 @@ def _load(config: RewardConfig, device: torch.device) -> PreTrainedModel:
         )  # fmt: skip
         missing = set(info["missing_keys"]) | set(info.get("mismatched_keys", ()))
         if adapter is not None:
+            from peft import PeftModel
+
             missing -= _adapter_covers(Path(adapter), missing)
             model = PeftModel.from_pretrained(model, adapter)
         if missing:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dissonance.config import PolicyConfig
@@ -170,6 +169,8 @@ def _load(config: PolicyConfig, name: str, device: torch.device, role: str) -> P
         if info["missing_keys"]:
             raise ModelError(f"{role}: {name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
         if config.adapter is not None:
+            from peft import PeftModel
+
             model = PeftModel.from_pretrained(model, config.adapter).merge_and_unload()
     return model.eval()
 
