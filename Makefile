@@ -21,14 +21,14 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/sphinx-build -q -W --keep-going -n docs docs/_build/html
+	$(BIN)/sphinx-build -q -E -W --keep-going -n docs docs/_build/html
 
 fix: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)
-	$(BIN)/sphinx-build -W --keep-going -n docs docs/_build/html
+	$(BIN)/sphinx-build -E -W --keep-going -n docs docs/_build/html
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/conflict.py

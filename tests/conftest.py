@@ -80,7 +80,7 @@ CLASSIFIERS: dict[str, Callable[..., torch.nn.Module]] = {
             num_attention_heads=4,
             max_position_embeddings=64,
             **kw,
-        )  # fmt: skip
+        )
     ),
 }
 

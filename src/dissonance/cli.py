@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 the input is wrong, said in one line; 3 labels are due; 13
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from enum import StrEnum
@@ -278,7 +279,7 @@ def _conflict_lines(summary: Mapping[str, Any]) -> list[str]:
         "unfinished": "completions that ran into --max-new-tokens",
         "duplicates": "duplicate prompts dropped",
     }
-    return lines + [f"{summary[key]:,} {what}" for key, what in notes.items() if summary.get(key)]
+    return lines + [f"{what}: {summary[key]:,}" for key, what in notes.items() if summary.get(key)]
 
 
 def main() -> None:
@@ -288,35 +289,34 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
-    _calm_libraries()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process forks
     try:
         result = typer.main.get_command(app).main(arguments, prog_name="dissonance", standalone_mode=False)
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        return _fail(message, 2)
+        return _fail(_with_value(message, arguments), 2)
     except DissonanceError as error:
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on where it was", 130)
     except BrokenPipeError:
         return 1
     except OSError as error:
         return _fail(str(error), 1)
+    if result == 130:  # Typer's word for a KeyboardInterrupt
+        return _fail("interrupted; the same command goes on where it was", 130)
     return result if isinstance(result, int) else 0
+
+
+def _with_value(message: str, arguments: list[str]) -> str:
+    """Typer names the option that has a wrong value, but not the value."""
+    named = re.search(r"Invalid value for '(--[\w-]+)", message)
+    if named is None or named[1] not in arguments[:-1]:
+        return message
+    return f"{message.rstrip('.')}: got {arguments[arguments.index(named[1]) + 1]!r}"
 
 
 def _fail(message: str, code: int) -> int:
     print(f"dissonance: error: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _calm_libraries() -> None:
-    """Their progress bars and advice are about loading, which is not what the user asked for."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 __all__ = ["InputError", "app", "main", "run"]

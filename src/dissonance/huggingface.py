@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from dissonance.config import Dtype, ModelConfig
 from dissonance.errors import ModelError, SettingsError
@@ -100,13 +101,20 @@ def resolved(config: ModelConfig) -> dict[str, Any]:
 
 @contextmanager
 def loading(role: str, name: str) -> Iterator[None]:
-    """Turn the many errors of `from_pretrained` into a ModelError of one line."""
+    """Keep `from_pretrained` from talking, and turn its many errors into a ModelError of one line."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
         raise ModelError(f"{role}: {name} cannot be loaded: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

@@ -26,7 +26,7 @@ from dissonance.huggingface import resolved
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.prompts import LoadedPrompts, load_prompts, prompts_fingerprint
 from dissonance.report import write_report
-from dissonance.rewards import load_reward_model
+from dissonance.rewards import function_source, load_reward_model
 from dissonance.sampling import HFPolicy, HFReference
 from dissonance.scored import ScoredLikelihood, measure_scored
 from dissonance.selection import Strategy, parse_threshold, pool_from_tables, queries_table
@@ -93,11 +93,15 @@ def _inputs(config: RunConfig, loaded: LoadedPrompts) -> dict[str, str]:
         "policy.model": config.policy.model,
         "policy.adapter": config.policy.adapter,
         "policy.reference": config.policy.reference,
-        "reward_model.model": config.reward_model.model,
+        "reward_model.model": _reward_source(config.reward_model.model),
         "reward_model.adapter": config.reward_model.adapter,
     }
     prints = {name: source_fingerprint(source) for name, source in models.items() if source is not None}
     return {"prompts": prompts_fingerprint(loaded.prompts), **prints}
+
+
+def _reward_source(name: str) -> str:
+    return str(function_source(name) or name) if ":" in name else name
 
 
 def conflicts(

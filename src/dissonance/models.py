@@ -1,7 +1,7 @@
 """The protocols in front of every model; nothing heavy is imported here.
 
-A policy samples, a reward model scores. The shipped implementations are `dissonance.sampling.hf`,
-`dissonance.rewards.hf` and `dissonance.rewards.function`; `dissonance.testing` has small fakes.
+A policy samples, a reward model scores, a reference model gives likelihoods. The shipped implementations are in
+`dissonance.sampling.hf`, `dissonance.rewards.hf` and `dissonance.rewards.function`.
 """
 
 from collections.abc import Sequence

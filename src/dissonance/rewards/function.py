@@ -1,6 +1,7 @@
 """Any Python callable as a reward model."""
 
 import importlib
+import importlib.util
 import math
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,22 @@ from pathlib import Path
 from dissonance.config import RewardConfig
 from dissonance.errors import DataError, ModelError
 from dissonance.records import Message, Reward
+
+
+def function_source(name: str) -> Path | None:
+    """The file that `module:callable` is in, to know it again after it was edited; None where there is no file."""
+    _search_here()
+    try:
+        spec = importlib.util.find_spec(name.partition(":")[0])
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+def _search_here() -> None:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
 
 
 class FunctionRewardModel:
@@ -23,9 +40,7 @@ class FunctionRewardModel:
     def __init__(self, config: RewardConfig) -> None:
         self._name, self._sign = config.model, -1.0 if config.kind == "cost" else 1.0
         module_name, _, attribute = config.model.partition(":")
-        here = str(Path.cwd())
-        if here not in sys.path:
-            sys.path.insert(0, here)
+        _search_here()
         try:
             function = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError, ValueError) as error:

@@ -42,7 +42,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> 
 
     Returns:
         tokens (rows,) int64, and their log-probabilities (rows,) float64 from the raw logits, at temperature 1 and
-        before top-p: what DESIGN and the paper call log pi(y_t | x, y_<t).
+        before top-p: log pi(y_t | x, y_<t).
     """
     logits = logits.float()
     probabilities = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)

@@ -1,0 +1,420 @@
+"""The audit as its user runs it: whole commands in processes of their own, killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import kendalltau
+
+from conftest import WORDS
+from dissonance import RunConfig, audit, cli, kendall_tau_distance, pacs, select
+from dissonance.artifacts import create_run
+from dissonance.errors import DataError, RunError, SettingsError
+from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, QUERIES_SCHEMA
+
+SLOW_REWARD = """
+import os, time
+def reward(prompts, completions):
+    time.sleep(float(os.environ.get("REWARD_SECONDS", "0")))
+    return [float(len(set(c.split()))) for c in completions]
+"""
+
+
+def command(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dissonance", *map(str, arguments)],
+        cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def audit_arguments(policy: Path, reward: Path | str, prompts: Path, **options: Any) -> list[str]:
+    settings = {"policy": policy, "reward-model": reward, "prompts": prompts, "max-new-tokens": 10, "n": 4} | options
+    return ["audit", *(str(x) for name, value in settings.items() for x in (f"--{name}", value))]
+
+
+def config(policy: Path, reward: Path | str, prompts: Path, **settings: Any) -> RunConfig:
+    policy_settings = {"model": str(policy), "n": 4, "max_new_tokens": 10, "tokens_per_batch": 200}
+    return RunConfig.model_validate(
+        {
+            "prompts": {"source": str(prompts)},
+            "policy": {**policy_settings, **settings.pop("sampling", {})},
+            "reward_model": {"model": str(reward)},
+            **settings,
+        }
+    )
+
+
+def tables(run: Path) -> dict[str, list[dict[str, Any]]]:
+    return {
+        name: pq.read_table(run / "round-000" / f"{name}.parquet").to_pylist() for name in ("prompts", "completions")
+    }
+
+
+def test_an_audit_leaves_what_the_contract_says(
+    policy_folder: Path, reward_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    done = command(*audit_arguments(policy_folder, reward_folder, prompts_file), "--out", out, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert {"mean", "null_mean", "null_sd", "share_above_null"} <= summary["kendall_tau_distance"].keys()
+    assert (summary["prompts"], summary["completions"], summary["truncated"]) == (12, 48, 0)
+    assert summary["tokens_per_second"] > 0
+    assert "sampling: 48/48 completions" in done.stderr
+
+    round_ = out / "round-000"
+    prompts, completions = pq.read_table(round_ / "prompts.parquet"), pq.read_table(round_ / "completions.parquet")
+    assert prompts.schema.equals(PROMPTS_SCHEMA)
+    assert completions.schema.equals(COMPLETIONS_SCHEMA)
+    assert prompts["prompt_id"].to_pylist() == [f"p{i}" for i in range(12)]
+    assert completions["completion_id"].to_pylist() == [0, 1, 2, 3] * 12
+    for row in prompts.to_pylist():
+        mine = [c for c in completions.to_pylist() if c["prompt_id"] == row["prompt_id"]]
+        rewards, logprobs = [c["reward"] for c in mine], [c["logprob"] for c in mine]
+        assert row["kendall_tau_distance"] == kendall_tau_distance(rewards, logprobs)
+        assert row["kendall_tau_distance"] == pytest.approx((1 - kendalltau(rewards, logprobs).statistic) / 2)
+        assert [c["pacs"] for c in mine] == pytest.approx(list(pacs(rewards, logprobs)))
+        assert row["category"] == ("even" if int(row["prompt_id"][1:]) % 2 == 0 else "odd")
+    assert not (round_ / "parts").exists()
+    assert (out / "report.html").stat().st_size > 10_000
+
+    before = (out / "run.json").read_bytes()
+    again = command(*audit_arguments(policy_folder, reward_folder, prompts_file), "--out", out, "--json", cwd=tmp_path)
+    assert (again.returncode, again.stderr) == (0, "")  # nothing sampled, nothing scored
+    assert json.loads(again.stdout) == summary
+    assert (out / "run.json").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def undisturbed(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder with an audit that nobody interrupted, and its arguments."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "slow.py").write_text(SLOW_REWARD)
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"id": f"p{i}", "prompt": " ".join(WORDS[i : i + 2 + i % 5])}) + "\n" for i in range(12))
+    )
+    arguments = audit_arguments(policy_folder, "slow:reward", folder / "prompts.jsonl", **{"tokens-per-batch": 200})
+    done = command(*arguments, "--out", "whole", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, arguments
+
+
+@pytest.mark.parametrize("parts", [1, 5, 9])
+def test_kill_9_loses_no_finished_batch_and_changes_no_number(undisturbed: tuple[Path, list[str]], parts: int) -> None:
+    folder, arguments = undisturbed
+    killed = folder / f"killed-{parts}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dissonance", *arguments, "--out", killed.name, "--quiet"],
+        cwd=folder, env={**os.environ, "REWARD_SECONDS": "0.3"},
+    )  # fmt: skip
+    stored = killed / "round-000" / "parts"
+    deadline = time.monotonic() + 120
+    while len(list(stored.glob("*.parquet"))) < parts and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    survived = [path.name for path in stored.glob("*.parquet")]
+    assert len(survived) >= parts
+    assert not (killed / "round-000" / "completions.parquet").exists()
+
+    resumed = command(*arguments, "--out", killed.name, cwd=folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert tables(killed) == tables(folder / "whole")
+    sampled = sum(name.startswith("completions-") for name in survived)
+    assert f"sampling: {48 - 4 * _prompts(folder, sampled)}/" in resumed.stderr
+    assert not list(killed.rglob("*.tmp"))
+
+
+def _prompts(folder: Path, batches: int) -> int:
+    """Prompts in the first so many batches of the plan, which is longest first."""
+    from dissonance.config import PolicyConfig
+    from dissonance.prompts import load_prompts
+    from dissonance.sampling import HFPolicy
+
+    ledger = json.loads((folder / "whole" / "run.json").read_text())
+    policy = HFPolicy(PolicyConfig.model_validate(ledger["settings"]["policy"]))
+    prompts = load_prompts(str(ledger["settings"]["prompts"]["source"])).prompts
+    return sum(len(batch) for batch in policy.plan(prompts)[:batches])
+
+
+def test_the_same_seed_gives_the_same_tables_and_another_does_not(
+    policy_folder: Path, reward_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        audit(config(policy_folder, reward_folder, prompts_file, seed=seed), tmp_path / name)
+    assert tables(tmp_path / "a") == tables(tmp_path / "b")
+    assert tables(tmp_path / "a") != tables(tmp_path / "c")
+
+
+def test_relative_likelihood_measures_against_the_reference(
+    policy_folder: Path, make_policy: Any, reward_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    reference = make_policy(seed=9)
+    relative = config(
+        policy_folder, reward_folder, prompts_file, likelihood="relative", sampling={"reference": str(reference)}
+    )
+    audit(relative, tmp_path / "relative")
+    audit(config(policy_folder, reward_folder, prompts_file), tmp_path / "sum")
+    rows, plain = tables(tmp_path / "relative"), tables(tmp_path / "sum")
+    assert all(c["ref_logprob"] is None for c in plain["completions"])
+    for row in rows["prompts"]:
+        mine = [c for c in rows["completions"] if c["prompt_id"] == row["prompt_id"]]
+        ratio = [c["logprob"] - c["ref_logprob"] for c in mine]
+        assert row["kendall_tau_distance"] == kendall_tau_distance([c["reward"] for c in mine], ratio)
+    assert [c["logprob"] for c in rows["completions"]] == [c["logprob"] for c in plain["completions"]]
+
+
+def test_several_windows_keep_the_order_of_the_prompts(
+    policy_folder: Path, reward_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit(config(policy_folder, reward_folder, prompts_file), tmp_path / "one")
+    monkeypatch.setattr("dissonance.stages.WINDOW", 5)
+    audit(config(policy_folder, reward_folder, prompts_file), tmp_path / "three")
+    one, three = tables(tmp_path / "one"), tables(tmp_path / "three")
+    assert [c["token_ids"] for c in one["completions"]] == [c["token_ids"] for c in three["completions"]]
+    assert [p["prompt_id"] for p in one["prompts"]] == [p["prompt_id"] for p in three["prompts"]]
+
+
+def test_truncation_and_unfinished_answers_are_counted(
+    policy_folder: Path, reward_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    arguments = audit_arguments(policy_folder, reward_folder, prompts_file, **{"reward-max-length": 12})
+    done = command(*arguments, "--out", "run", "--json", cwd=tmp_path)
+    summary, rows = json.loads(done.stdout), tables(tmp_path / "run")["completions"]
+    assert 0 < summary["truncated"] == sum(c["reward_truncated"] for c in rows) < 48
+    assert summary["unfinished"] == sum(c["finish_reason"] == "length" for c in rows)
+
+
+def test_select_spends_the_budget_and_says_why(
+    policy_folder: Path, reward_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    audit(config(policy_folder, reward_folder, prompts_file), tmp_path / "run")
+    done = command("select", "run", "--strategy", "discordant", "--budget", 7, "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    queries = pq.read_table(tmp_path / "run" / "round-000" / "queries.parquet")
+    assert queries.schema.equals(QUERIES_SCHEMA)
+    assert (found["strategy"], found["judgements"], found["queries"]) == ("discordant", 7, len(queries))
+    assert found["prompts"] == len(set(queries["prompt_id"].to_pylist()))
+    assert set(queries["kind"].to_pylist()) == {"pairwise"}
+    assert all(queries["reason"].to_pylist())
+    assert "judgements" in command("select", "run", "--budget", 3, cwd=tmp_path).stdout
+
+
+def test_select_refuses_and_leaves_the_last_choice(
+    policy_folder: Path, reward_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    audit(config(policy_folder, reward_folder, prompts_file), run)
+    select(run, budget=5)
+    before = (run / "round-000" / "queries.parquet").read_bytes()
+    for options in ({"budget": 0}, {"budget": 5, "tau": "2"}, {"budget": 5, "strategy": "best"}):
+        with pytest.raises(SettingsError):
+            select(run, **options)
+    assert (run / "round-000" / "queries.parquet").read_bytes() == before
+
+
+def test_a_changed_setting_is_refused_by_name(
+    policy_folder: Path, reward_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    audit(config(policy_folder, reward_folder, prompts_file), run)
+    before = tables(run)
+    with pytest.raises(RunError, match=r"policy\.n: 4, now 5"):
+        audit(config(policy_folder, reward_folder, prompts_file, sampling={"n": 5}), run)
+    prompts_file.write_text(prompts_file.read_text().replace("w1 ", "w2 "))
+    with pytest.raises(RunError, match="the content of prompts"):
+        audit(config(policy_folder, reward_folder, prompts_file), run)
+    assert tables(run) == before
+
+
+def test_a_run_in_use_is_refused(policy_folder: Path, reward_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
+    audit(config(policy_folder, reward_folder, prompts_file), tmp_path / "run")
+    with create_run(tmp_path / "other", "audit", {}, {}), pytest.raises(RunError, match="in use by another"):
+        select(tmp_path / "other", budget=1)
+
+
+def test_a_reward_that_turns_nan_stops_the_run_and_keeps_the_samples(
+    policy_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "sometimes.py"
+    module.write_text("def f(prompts, completions):\n    return [float('nan')] * len(completions)\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="returned nan"):
+        audit(config(policy_folder, "sometimes:f", prompts_file), tmp_path / "never")
+    assert not (tmp_path / "never").exists()  # it scores nothing at all: found out before the sampling
+
+
+BAD_INPUT = {
+    "missing file": ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
+    "empty prompt": ({"prompts": "empty_prompt.jsonl"}, "empty_prompt.jsonl:2"),
+    "broken line": ({"prompts": "broken.jsonl"}, "broken.jsonl:2"),
+    "corrupt Parquet": ({"prompts": "corrupt.parquet"}, "corrupt.parquet"),
+    "one completion": ({"n": 1}, "policy.n"),
+    "two outputs": ({"reward-model": "two"}, "has 2 outputs"),
+    "a causal LM as reward model": ({"reward-model": "policy"}, "is a causal LM"),
+    "a classifier as policy": ({"policy": "two"}, "is a classifier"),
+    "a NaN reward": ({"reward-model": "bad:nan"}, "returned nan"),
+    "unknown option": ({"nonsense": 1}, "--nonsense"),
+    "a word for a number": ({"n": "many"}, "'many'"),
+    "no such device": ({"device": "cuda:77"}, "cuda:77"),
+    "temperature zero": ({"temperature": 0}, "policy.temperature"),
+    "a template without a prompt": ({"template": "Question:"}, "{prompt}"),
+    "a reference without relative": ({"reference": "policy"}, "relative"),
+    "no such model": ({"policy": "./nothing"}, "./nothing"),
+    "a prompt that is too long": ({"max-new-tokens": 63}, "leave no room"),
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, make_policy: Any, make_reward_model: Any) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    for name, made in {
+        "policy": make_policy(),
+        "reward": make_reward_model(),
+        "two": make_reward_model(num_labels=2),
+    }.items():
+        (folder / name).symlink_to(made)
+    good = json.dumps({"prompt": "w1 w2"}) + "\n"
+    (folder / "prompts.jsonl").write_text(good + json.dumps({"prompt": " ".join(WORDS[:5])}) + "\n")
+    (folder / "empty_prompt.jsonl").write_text(good + json.dumps({"prompt": "  "}) + "\n")
+    (folder / "broken.jsonl").write_text(good + '{"prompt": "w1\n')
+    (folder / "corrupt.parquet").write_bytes(b"PAR1 this is not it PAR1")
+    (folder / "bad.py").write_text("def nan(prompts, completions):\n    return [float('nan')] * len(completions)\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_clear_line_and_writes_nothing(
+    workplace: Path, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options, expected = BAD_INPUT[name]
+    before = sorted(path.name for path in workplace.iterdir() if path.name != "__pycache__")
+    good = {"policy": "policy", "reward-model": "reward", "prompts": "prompts.jsonl", "max-new-tokens": 8}
+    settings = good | options
+    arguments = ["audit", *(str(x) for key, value in settings.items() for x in (f"--{key}", value))]
+    monkeypatch.chdir(workplace)
+    assert cli.run([*arguments, "--out", "out", "--quiet"]) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("dissonance: error: ")
+    assert said.err.count("\n") == 1
+    assert expected in said.err
+    assert sorted(path.name for path in workplace.iterdir() if path.name != "__pycache__") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["conflicts", "nowhere.parquet", "--out", "out"], "nowhere.parquet"),
+        (["conflicts", "corrupt.parquet", "--out", "out"], "corrupt.parquet"),
+        (["select", "nowhere", "--budget", "3"], "nowhere is not a run folder"),
+        (["report", "nowhere"], "nowhere"),
+        (["nonsense"], "nonsense"),
+        (["select", "nowhere"], "--budget"),
+    ],
+)
+def test_other_commands_refuse_as_clearly(
+    workplace: Path,
+    arguments: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(workplace)
+    assert cli.run(arguments) == 2
+    said = capfd.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert expected in said.err
+    assert not (workplace / "out").exists()
+
+
+def test_a_folder_of_something_else_is_not_touched(
+    policy_folder: Path, reward_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("x")
+    with pytest.raises(RunError, match="is not empty and is not a run folder"):
+        audit(config(policy_folder, reward_folder, prompts_file), tmp_path / "notes")
+    with pytest.raises(RunError, match="is a file"):
+        audit(config(policy_folder, reward_folder, prompts_file), tmp_path / "notes" / "mine.txt")
+    assert [p.name for p in (tmp_path / "notes").iterdir()] == ["mine.txt"]
+
+
+def test_scores_of_ones_own_can_be_measured_selected_and_reported(tmp_path: Path) -> None:
+    rows = [
+        {"prompt_id": f"q{p}", "completion_id": i, "logprob": -1.0 - (p * i) % 7, "reward": float((p + 3 * i) % 5)}
+        for p in range(20)
+        for i in range(5)
+    ]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = command("conflicts", "scored.jsonl", "--out", "run", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["prompts"], summary["completions"]) == (20, 100)
+    assert summary["seconds"] > 0
+    found = tables(tmp_path / "run")
+    first = [row for row in rows if row["prompt_id"] == "q3"]
+    expected = kendall_tau_distance([r["reward"] for r in first], [r["logprob"] for r in first])
+    assert found["prompts"][3]["kendall_tau_distance"] == expected
+    assert command("select", "run", "--budget", 5, cwd=tmp_path).returncode == 0
+    assert command("report", "run", cwd=tmp_path).returncode == 0
+
+
+def test_a_wrong_option_is_one_line_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = command("select", "nowhere", "--budget", "3", "--nonsense", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("dissonance: error: No such option: --nonsense")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_nan_among_ones_own_scores_names_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "scored.csv").write_text(
+        "prompt_id,completion_id,logprob,reward\na,0,-1,2\na,1,-2,1\nb,0,-1,nan\nb,1,-3,0\n"
+    )
+    done = command("conflicts", "scored.csv", "--out", "run", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "'b'" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_audit_says_how_to_go_on(policy_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_REWARD)
+    arguments = audit_arguments(policy_folder, "slow:reward", prompts_file, out="run")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dissonance", *arguments], cwd=tmp_path,
+        env={**os.environ, "REWARD_SECONDS": "5"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    parts = tmp_path / "run" / "round-000" / "parts"
+    while not parts.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.endswith("dissonance: error: interrupted; the same command goes on where it was\n")
+
+
+def test_help_shows_every_command_with_an_example() -> None:
+    done = command("--help", cwd=Path())
+    for name in ("audit", "conflicts", "select", "report", "demo"):
+        assert name in done.stdout
+        assert "Example:" in command(name, "--help", cwd=Path()).stdout
+
+
+def test_an_edited_reward_function_is_another_reward_model(
+    policy_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = tmp_path / "edited_rewards.py"
+    module.write_text(SLOW_REWARD)
+    audit(config(policy_folder, "edited_rewards:reward", prompts_file), tmp_path / "run")
+    module.write_text(SLOW_REWARD.replace("len(set(c.split()))", "-len(c)"))
+    with pytest.raises(RunError, match="the content of reward_model.model"):
+        audit(config(policy_folder, "edited_rewards:reward", prompts_file), tmp_path / "run")
