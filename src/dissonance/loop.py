@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from dissonance.prompts import LoadedPrompts, load_prompts, prompts_fingerprint
 from dissonance.report import write_report
 from dissonance.rewards import function_source, load_reward_model
 from dissonance.sampling import HFPolicy, HFReference
+from dissonance.sandbox import Task, World, build_sandbox
 from dissonance.scored import ScoredLikelihood, measure_scored
 from dissonance.selection import Strategy, parse_threshold, pool_from_tables, queries_table
 from dissonance.selection import select as select_queries
@@ -205,6 +206,36 @@ def select(
         }
         opened.finish("select", budget=budget, tau=tau, delta=delta, seed=seed, summary=found)
     return found
+
+
+def demo(out: Path, *, seed: int = 0, progress: ProgressFactory = quiet) -> dict[str, Any]:
+    """Audit the built-in world's two tasks, with models trained from scratch in seconds and kept in the user's cache.
+
+    Args:
+        out: gets a run folder for each task, and `summary.json`.
+        seed: of the world and of the sampling.
+        progress: opens the progress of each stage.
+
+    Returns:
+        {"tasks": {task: {"audit": the keys of `audit --json`}}}.
+    """
+    tasks = {}
+    for task in get_args(Task):
+        with progress(f"{task}: training the policy and its reward model", 2, "models") as advance:
+            sandbox = build_sandbox(World(task=task, seed=seed))
+            advance(2)
+        config = RunConfig.model_validate(
+            {
+                "prompts": {"source": str(sandbox.prompts), "limit": 160},
+                "policy": {"model": str(sandbox.policy), "max_new_tokens": 32},
+                "reward_model": {"model": str(sandbox.reward_model), "kind": sandbox.reward_kind},
+                "seed": seed,
+            }
+        )
+        tasks[task] = {"audit": audit(config, out / task, progress)}
+    summary = {"tasks": tasks}
+    write_json(out / "summary.json", summary)
+    return summary
 
 
 def _conclude(run: Run, command: str, summary: Mapping[str, Any]) -> dict[str, Any]:
