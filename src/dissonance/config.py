@@ -44,7 +44,7 @@ class ModelConfig(_Section):
     dtype: Dtype = "auto"
     """`auto`: bfloat16 where the hardware computes in it, else float32."""
     tokens_per_batch: int | None = Field(None, ge=1)
-    """Bound on rows x (prompt + new tokens) in one batch; by default 16,384 on a CPU and 131,072 on a GPU."""
+    """Bound on rows x (prompt + new tokens) in one batch; by default 8,192 on a CPU and 131,072 on a GPU."""
     trust_remote_code: bool = False
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from dissonance.errors import ModelError, SettingsError
 from dissonance.records import Message
 
 PLAIN_TEMPLATE = "Question: {prompt}\n\nAnswer:"
-_CPU_TOKENS, _GPU_TOKENS = 16_384, 131_072
+_CPU_TOKENS, _GPU_TOKENS = 8_192, 131_072
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,24 @@ def resolved(config: ModelConfig) -> dict[str, Any]:
 
 @contextmanager
 def loading(role: str, name: str) -> Iterator[None]:
-    """Keep `from_pretrained` from talking, and turn its many errors into a ModelError of one line."""
+    """Turn the many errors of `from_pretrained` into a ModelError of one line, and keep it from talking."""
+    try:
+        with quiet_transformers():
+            yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        raise ModelError(f"{role}: {name} cannot be loaded: {_first_line(error)}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep Transformers' progress bars and advice off the terminal."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
-    except ModelError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
-        raise ModelError(f"{role}: {name} cannot be loaded: {_first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:

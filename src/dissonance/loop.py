@@ -22,7 +22,7 @@ from dissonance.artifacts import (
 )
 from dissonance.config import RewardKind, RunConfig
 from dissonance.errors import DataError, InputError
-from dissonance.huggingface import resolved
+from dissonance.huggingface import quiet_transformers, resolved
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.prompts import LoadedPrompts, load_prompts, prompts_fingerprint
 from dissonance.report import write_report
@@ -222,7 +222,8 @@ def demo(out: Path, *, seed: int = 0, progress: ProgressFactory = quiet) -> dict
     tasks = {}
     for task in get_args(Task):
         with progress(f"{task}: training the policy and its reward model", 2, "models") as advance:
-            sandbox = build_sandbox(World(task=task, seed=seed))
+            with quiet_transformers():
+                sandbox = build_sandbox(World(task=task, seed=seed))
             advance(2)
         config = RunConfig.model_validate(
             {

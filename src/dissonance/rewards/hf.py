@@ -145,8 +145,8 @@ class HFRewardModel:
     def _segments(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """1 after the first separator, as BERT's second segment is."""
         separators = (ids == self._tokenizer.sep_token_id).long()
-        second = (separators.cumsum(dim=-1) - separators) > 0
-        return second.long() * mask
+        second: torch.Tensor = (separators.cumsum(dim=-1) - separators).clamp(max=1)
+        return second * mask
 
 
 def _load(config: RewardConfig, device: torch.device) -> PreTrainedModel:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _NUCLEUS_START = 256
+# Logits turned into a cumulative distribution at once: in float64 they are four times what the model gave.
+_DRAWN_AT_ONCE = 1 << 21
 
 
 def keyed_uniforms(seed: int, prompt_id: str, completion_id: int, steps: int) -> NDArray[np.float64]:
@@ -44,7 +46,13 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> 
         tokens (rows,) int64, and their log-probabilities (rows,) float64 from the raw logits, at temperature 1 and
         before top-p: log pi(y_t | x, y_<t).
     """
-    logits = logits.float()
+    rows = max(1, _DRAWN_AT_ONCE // logits.shape[-1])
+    parts = zip(torch.split(logits, rows), torch.split(uniforms, rows), strict=True)
+    tokens, logprobs = zip(*(_draw(some.float(), u, temperature, top_p) for some, u in parts), strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     probabilities = torch.softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     if top_p < 1:
         probabilities = _nucleus(probabilities, top_p)

@@ -49,9 +49,9 @@ def answer(world: World, right: Truth, skill: float, rng: np.random.Generator) -
 
 
 def demonstrations(world: World) -> list[Demonstration]:
-    """`World.n_demonstrations` answers to training prompts drawn at random."""
+    """`World.n_demonstrations` answers to prompts drawn at random, held-out ones too: they stand for pre-training."""
     rng = np.random.default_rng([world.seed, 6])
-    asked = questions(world, "train")
+    asked = questions(world, "train") + questions(world, "eval")
     return [_demonstration(world, asked[i], rng) for i in rng.integers(len(asked), size=world.n_demonstrations)]
 
 

@@ -12,16 +12,21 @@ from dissonance.sandbox.words import CATEGORIES, MAX_OBJECTS, OPENINGS, Category
 
 Cell = Literal["both", "policy_only", "proxy_only", "neither"]
 Split = Literal["train", "eval"]
-EVAL_SHARE = 0.25
-"""Share of the prompts of each category that is held out from every training."""
+HELD_OUT = 4
+"""One object in this many, rounded down but at least one, is held out: for helpfulness whole, for safety per action."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """Everything a sandbox is made from: the same dials give the same prompts, the same weights and the same gold.
+    """Everything a sandbox is made from: the same dials give the same prompts and the same gold.
 
-    The defaults were fixed before any strategy was compared, and favour none. Gold depends on `task`, `seed` and
+    They give the same weights too, with one version of the libraries that train them, on one kind of processor. The
+    defaults were fixed before any strategy was compared, and favour none. Gold depends on `task`, `seed` and
     `n_objects` alone.
+
+    A quarter of the questions is held out by what gold depends on (`Question.gold_key`). What is held out is in
+    neither the training prompts nor the proxy's preferences; the policy's demonstrations, which stand for pre-training,
+    cover it, as pre-training covers most of what a model is later asked.
     """
 
     task: Task = "helpfulness"
@@ -29,7 +34,7 @@ class World:
     seed: int = 0
     """At least 0; draws what is right for each object, the demonstrations, the preferences and the start weights."""
 
-    n_objects: int = 6
+    n_objects: int = 8
     """Objects per category, 2..10."""
 
     policy_competence: float = 0.7
@@ -106,6 +111,11 @@ class Question:
 
     text: str
 
+    gold_key: str
+    """What gold depends on: category and object for helpfulness, and the action too for safety. Questions of one key
+    are one question in other words: the splits share no key, and a mean over prompts has as many independent parts as
+    there are keys, so that intervals want clustering by it."""
+
 
 def cell(world: World, category: str) -> Cell:
     """Who knows the category of this name: `both`, `policy_only`, `proxy_only` or `neither` (shared ignorance)."""
@@ -124,20 +134,41 @@ def cell(world: World, category: str) -> Cell:
 
 @lru_cache(maxsize=64)
 def questions(world: World, split: Split) -> tuple[Question, ...]:
-    """Every question of a split, shuffled; the two splits share no text and cover every category alike."""
+    """Every question of a split, shuffled; the two splits share no `gold_key` and cover every category alike."""
     chosen: list[Question] = []
     for category in range(len(world.categories)):
-        mine = _all_questions(world, category)
-        order = np.random.default_rng([world.seed, category, 1]).permutation(len(mine))
-        held_out = round(EVAL_SHARE * len(mine))
-        chosen += [mine[i] for i in (order[:held_out] if split == "eval" else order[held_out:])]
+        held_out = _held_out(world, category)
+        chosen += [
+            question
+            for question in _all_questions(world, category)
+            if ((question.subject, question.action) in held_out) == (split == "eval")
+        ]
     return tuple(chosen[i] for i in np.random.default_rng([world.seed, 2]).permutation(len(chosen)))
 
 
+def _held_out(world: World, category: int) -> frozenset[tuple[int, int]]:
+    """Objects and actions held out together: for helpfulness every action on a few objects.
+
+    For safety every action on as many objects, in turn, so that each object and each action stays in training too.
+    """
+    order = np.random.default_rng([world.seed, category, 1]).permutation(world.n_objects).tolist()
+    count = max(1, world.n_objects // HELD_OUT)
+    shift = count if world.task == "safety" else 0
+    actions = range(len(world.categories[category].actions))
+    return frozenset(
+        (order[(shift * action + i) % world.n_objects], action) for action, i in product(actions, range(count))
+    )
+
+
 def _all_questions(world: World, category: int) -> list[Question]:
-    objects = world.categories[category].objects[: world.n_objects]
-    actions = world.categories[category].actions
+    known = world.categories[category]
     return [
-        Question(category, subject, action, opening.format(action=actions[action], subject=objects[subject]))
-        for opening, action, subject in product(OPENINGS, range(len(actions)), range(len(objects)))
+        Question(
+            category,
+            subject,
+            action,
+            opening.format(category=known.name, action=known.actions[action], subject=known.objects[subject]),
+            "/".join([known.name, known.objects[subject], *([known.actions[action]] * (world.task == "safety"))]),
+        )
+        for opening, action, subject in product(OPENINGS, range(len(known.actions)), range(world.n_objects))
     ]
