@@ -245,11 +245,14 @@ def test_a_reward_that_turns_nan_stops_the_run_and_keeps_the_samples(
     policy_folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = tmp_path / "sometimes.py"
-    module.write_text("def f(prompts, completions):\n    return [float('nan')] * len(completions)\n")
+    module.write_text(
+        "def f(prompts, completions):\n    return [float('nan') if len(c) > 20 else 1.0 for c in completions]\n"
+    )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="returned nan"):
-        audit(config(policy_folder, "sometimes:f", prompts_file), tmp_path / "never")
-    assert not (tmp_path / "never").exists()  # it scores nothing at all: found out before the sampling
+        audit(config(policy_folder, "sometimes:f", prompts_file), tmp_path / "run")
+    assert list((tmp_path / "run" / "round-000" / "parts").glob("completions-*"))
+    assert not (tmp_path / "run" / "round-000" / "completions.parquet").exists()
 
 
 BAD_INPUT = {
@@ -266,6 +269,8 @@ BAD_INPUT = {
     "a word for a number": ({"n": "many"}, "'many'"),
     "no such device": ({"device": "cuda:77"}, "cuda:77"),
     "temperature zero": ({"temperature": 0}, "policy.temperature"),
+    "an encoder's template for a policy": ({"template": "pair"}, "policy"),
+    "a negative seed": ({"seed": -1}, "seed"),
     "a template without a prompt": ({"template": "Question:"}, "{prompt}"),
     "a reference without relative": ({"reference": "policy"}, "relative"),
     "no such model": ({"policy": "./nothing"}, "./nothing"),

@@ -107,9 +107,53 @@ def test_truncation_is_reported_and_keeps_the_answer(reward_folder: Path) -> Non
     assert rewards[0].value == rewards[1].value  # they differ only in what was cut: the start
 
 
-def test_an_encoder_keeps_its_first_token_when_it_cuts(make_reward_model: Any) -> None:
+def test_an_encoder_keeps_its_first_token_and_the_separator_when_it_cuts(make_reward_model: Any) -> None:
     model = HFRewardModel(config(make_reward_model("bert"), max_length=8))
-    assert model._cut((1, *range(10, 30), 2)) == (1, *range(24, 30), 2)
+    prompt, answer = range(10, 20), range(30, 34)
+    assert model._cut((1, *prompt, 2, *answer, 2)) == (1, 19, 2, *answer, 2)
+    assert model._cut((1, *prompt, 2, *range(30, 50), 2)) == (1, 2, *range(45, 50), 2)
+    reward = model.score([(Message("user", " ".join(WORDS[:60])),)], [" ".join(WORDS[:60])])[0]
+    assert reward.truncated
+
+
+def test_out_of_memory_halves_the_batch_of_the_reward_model(reward_folder: Path) -> None:
+    whole = values(HFRewardModel(config(reward_folder)))
+    model = HFRewardModel(config(reward_folder))
+    sizes: list[int] = []
+
+    def check(_: object, __: object, kwargs: dict[str, Any]) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("too many rows")
+
+    model._model.register_forward_pre_hook(check, with_kwargs=True)
+    assert values(model) == pytest.approx(whole, abs=1e-6)
+    assert max(sizes) > 3
+
+
+def test_rewards_in_bfloat16_keep_apart_what_float32_keeps_apart(make_reward_model: Any) -> None:
+    folder = make_reward_model(seed=3)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        model.score.weight.mul_(100)  # rewards of a size at which bfloat16 has coarse steps
+    model.save_pretrained(folder)
+    rough = values(HFRewardModel(config(folder, dtype="bfloat16")))
+    assert len(set(rough)) == len(rough)
+    assert rough == pytest.approx(values(HFRewardModel(config(folder))), rel=0.1, abs=0.3)
+
+
+def test_damaged_files_are_one_line(make_reward_model: Any, tmp_path: Path) -> None:
+    folder = make_reward_model()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        HFRewardModel(config(folder))
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        HFRewardModel(config(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="names no base model"):
+        HFRewardModel(config(tmp_path))
 
 
 def test_equal_answers_get_equal_rewards(reward_folder: Path) -> None:
@@ -186,11 +230,20 @@ def words(prompts, completions):
     return ["good"] * len(completions)
 def short(prompts, completions):
     return [1.0]
+def nothing(prompts, completions):
+    return None
+def fails(prompts, completions):
+    raise KeyError("oops")
+def talks(prompts, completions):
+    print("hello")
+    return [0.0] * len(completions)
 number = 3
 """
 
 
-def test_any_callable_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_callable_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "my_rewards.py").write_text(FUNCTIONS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -201,9 +254,13 @@ def test_any_callable_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "nan": "returned nan for .*: rewards must be finite numbers",
         "words": "returned 'good' for",
         "short": "returned 1 rewards for 12 completions",
+        "nothing": "failed: TypeError",
+        "fails": "failed: KeyError",
     }.items():
-        with pytest.raises(DataError, match=message):
+        with pytest.raises((DataError, ModelError), match=message):
             values(load_reward_model(config(f"my_rewards:{name}")))
+    values(load_reward_model(config("my_rewards:talks")))
+    assert capsys.readouterr().out == ""
     for name, message in {
         "my_rewards:missing": "cannot be imported",
         "no_such_module_here:f": "cannot be imported",

@@ -1,16 +1,19 @@
 """The sampler against independent forward passes, other batchings, and its own definition."""
 
+import json
 import math
 from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import POLICIES, WORDS
@@ -146,7 +149,7 @@ def test_reference_logprobs_equal_an_independent_forward(make_policy: Any, kind:
     folder, other = make_policy(kind), make_policy(kind, seed=7)
     asked = prompts()
     found = sample(HFPolicy(config(folder)), asked)
-    reference = HFReference(config(folder, reference=str(other)))
+    reference = HFReference(config(folder), str(other))
     ids = [[found[p.prompt_id, i].token_ids for i in range(5)] for p in asked]
     decode._FORCED_LOGITS, whole = 60, decode._FORCED_LOGITS  # several slices even here
     try:
@@ -162,7 +165,7 @@ def test_the_policy_as_its_own_reference_has_no_relative_likelihood(policy_folde
     asked = prompts()
     found = sample(HFPolicy(config(policy_folder)), asked)
     ids = [[found[p.prompt_id, i].token_ids for i in range(5)] for p in asked]
-    values = HFReference(config(policy_folder, reference=str(policy_folder))).logprobs(asked, ids)
+    values = HFReference(config(policy_folder), str(policy_folder)).logprobs(asked, ids)
     for p, row in zip(asked, values, strict=True):
         assert row == pytest.approx([found[p.prompt_id, i].logprob for i in range(5)], abs=2e-4)
 
@@ -173,7 +176,7 @@ def test_a_reference_with_other_words_is_refused(policy_folder: Path, make_polic
     tokenizer.add_tokens(["new"])
     tokenizer.save_pretrained(other)
     with pytest.raises(ModelError, match="another vocabulary"):
-        HFReference(config(policy_folder, reference=str(other)))
+        HFReference(config(policy_folder), str(other))
 
 
 def test_multi_turn_plain_prompts_have_one_bos_and_no_trailing_space(make_policy: Any) -> None:
@@ -247,3 +250,111 @@ def test_the_largest_uniform_never_draws_a_token_without_mass() -> None:
 def test_token_logprobs_are_stable_for_large_logits() -> None:
     logits = torch.tensor([[1e4, 1e4 - 1.0, -1e4]])
     assert token_logprobs(logits, torch.tensor([0])).item() == pytest.approx(-math.log(1 + math.exp(-1)), abs=1e-3)
+
+
+def test_several_end_of_sequence_ids_all_end(make_policy: Any) -> None:
+    folder = make_policy(seed=2)
+    settings_file = folder / "generation_config.json"
+    settings_file.write_text(json.dumps(json.loads(settings_file.read_text()) | {"eos_token_id": [2, 20, 30, 40]}))
+    found = sample(HFPolicy(config(folder, n=30)), prompts())
+    ends = {c.token_ids[-1] for c in found.values() if c.finish_reason == "stop"}
+    assert len(ends) > 1
+    assert ends <= {2, 20, 30, 40}
+    assert all(not {2, 20, 30, 40} & set(c.token_ids[:-1]) for c in found.values())
+
+
+def test_a_policy_with_an_adapter_is_the_adapted_model(policy_folder: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(policy_folder)
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    adapted.merge_and_unload().save_pretrained(merged)
+    AutoTokenizer.from_pretrained(policy_folder).save_pretrained(merged)
+    plain = sample(HFPolicy(config(policy_folder)), prompts(2))
+    expected = sample(HFPolicy(config(merged)), prompts(2))
+    for chosen in (config(policy_folder, adapter=str(tmp_path / "adapter")), config(tmp_path / "adapter")):
+        found = sample(HFPolicy(chosen), prompts(2))
+        assert {key: c.token_ids for key, c in found.items()} == {key: c.token_ids for key, c in expected.items()}
+        assert all(c.logprob == pytest.approx(expected[key].logprob, abs=1e-3) for key, c in found.items())
+        assert {key: c.token_ids for key, c in found.items()} != {key: c.token_ids for key, c in plain.items()}
+
+
+def test_nan_logits_are_refused(make_policy: Any) -> None:
+    folder = make_policy()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    model.save_pretrained(folder)
+    with pytest.raises(ModelError, match="NaN or infinite logits"):
+        sample(HFPolicy(config(folder)), prompts(1))
+
+
+def test_the_reference_splits_what_does_not_fit(policy_folder: Path) -> None:
+    asked = prompts(3)
+    found = sample(HFPolicy(config(policy_folder)), asked)
+    ids = [[found[p.prompt_id, i].token_ids for i in range(5)] for p in asked]
+    whole = HFReference(config(policy_folder), str(policy_folder)).logprobs(asked, ids)
+    reference = HFReference(config(policy_folder), str(policy_folder))
+
+    def check(_: object, __: object, kwargs: dict[str, Any]) -> None:
+        if kwargs["past_key_values"] is not None and len(kwargs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("too many rows")
+
+    reference._model.register_forward_pre_hook(check, with_kwargs=True)
+    for row, expected in zip(reference.logprobs(asked, ids), whole, strict=True):
+        assert row == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama.cpp file with a tiny Llama and a byte-level tokenizer."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["<unk>", "<s>", "</s>", *letters, "\u0120", "ab"]
+    writer = gguf.GGUFWriter(str(path), "llama")
+    width, heads, layers, hidden = 64, 4, 2, 96
+    for add, value in {
+        "context_length": 128, "embedding_length": width, "block_count": layers, "feed_forward_length": hidden,
+        "head_count": heads, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "vocab_size": len(words),
+        "rope_dimension_count": width // heads, "tokenizer_model": "gpt2", "token_list": words,
+        "token_types": [3, 3, 3] + [1] * (len(words) - 3), "token_merges": ["a b"], "bos_token_id": 1, "eos_token_id": 2,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{add}")(value)
+    rng = np.random.default_rng(0)
+
+    def add_tensor(name: str, *shape: int, scale: float = 0.2) -> None:
+        writer.add_tensor(name, (rng.standard_normal(shape) * scale).astype(np.float32))
+
+    add_tensor("token_embd.weight", len(words), width)
+    add_tensor("output.weight", len(words), width)
+    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
+    for block in range(layers):
+        for name, shape in {
+            "attn_q": (width, width), "attn_k": (width // 2, width), "attn_v": (width // 2, width),
+            "attn_output": (width, width), "ffn_gate": (hidden, width), "ffn_up": (hidden, width),
+            "ffn_down": (width, hidden),
+        }.items():  # fmt: skip
+            add_tensor(f"blk.{block}.{name}.weight", *shape)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{block}.{name}.weight", np.ones(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_a_policy(gguf_file: Path) -> None:
+    policy = HFPolicy(config(gguf_file, template="{prompt}"))
+    asked = [Prompt("p", (Message("user", "Hello"),)), Prompt("q", (Message("user", "Hi"),))]
+    found = sample(policy, asked)
+    assert len(found) == 10
+    model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32).eval()
+    for prompt in asked:
+        ids = policy._encode(prompt)
+        c = found[prompt.prompt_id, 0]
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([[*ids, *c.token_ids]])).logits[0].log_softmax(-1)
+        total = sum(float(logprobs[len(ids) - 1 + t, token]) for t, token in enumerate(c.token_ids))
+        assert c.logprob == pytest.approx(total, abs=1e-3)
+    with pytest.raises(ModelError, match="no such file"):
+        HFPolicy(config(gguf_file.with_name("other.gguf")))

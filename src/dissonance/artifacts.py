@@ -13,8 +13,8 @@ A file appears under its name complete or not at all: it is written beside it, f
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,18 +31,17 @@ from dissonance.errors import RunError
 
 _FORMAT = 1
 _VERSIONED = ("dissonance", "torch", "transformers", "numpy", "pyarrow")
-_SAMPLE_BYTES = 1 << 20
+_HASHED_WHOLE = 1 << 30
+_BLOCK = 1 << 16
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it, on error remove it."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the umask has its say
     try:
         yield temporary
-        temporary.chmod(0o644)
         _fsync(temporary)
         temporary.replace(path)
         _fsync(path.parent)
@@ -98,23 +97,27 @@ def fingerprint(value: object) -> str:
 
 
 def source_fingerprint(source: str) -> str:
-    """Identify a model or a file by content without reading gigabytes.
+    """Identify a model or a file by its content, so that a model retrained in place is another model.
 
-    A local file or folder counts by names, sizes and the first and last MiB of each file, so that a model retrained in
-    place is another model; anything else (a hub id) counts by its name.
+    Of a file beyond a GiB, a thousand blocks spread over it and its time of change stand for the whole. What is no
+    local file or folder, a hub id, counts by its name.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.exists():
         return fingerprint(source)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
+    digest = hashlib.blake2b(digest_size=32)
     for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path) if path.is_dir() else file.name}\0{size}\0".encode())
+        state = file.stat()
+        digest.update(f"{file.relative_to(path) if path.is_dir() else file.name}\0{state.st_size}\0".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(_SAMPLE_BYTES))
-            stream.seek(max(_SAMPLE_BYTES, size - _SAMPLE_BYTES))
-            digest.update(stream.read(_SAMPLE_BYTES))
+            if state.st_size <= _HASHED_WHOLE:
+                digest.update(hashlib.file_digest(stream, "blake2b").digest())
+                continue
+            digest.update(str(state.st_mtime_ns).encode())
+            for start in range(0, state.st_size, state.st_size // 1000):
+                stream.seek(start)
+                digest.update(stream.read(_BLOCK))
     return digest.hexdigest()
 
 
@@ -134,6 +137,9 @@ class Run:
     """An open run folder; use `create_run` or `open_run`."""
 
     path: Path
+
+    fresh: bool = False
+    """Whether this process made it."""
 
     def round(self, number: int = 0) -> Path:
         """The folder of one round."""
@@ -163,7 +169,7 @@ def matching_run(path: Path, command: str, settings: Mapping[str, Any], inputs: 
         RunError: the folder holds something else, or was made with other settings or inputs.
     """
     if not (path / "run.json").exists():
-        if path.exists() and any(p.name != ".lock" for p in _listing(path)):
+        if path.exists() and any(not p.name.startswith(".") for p in _listing(path)):
             raise RunError(f"{path} is not empty and is not a run folder: choose another --out")
         return None
     _check_same(path, command, settings, inputs)
@@ -182,12 +188,21 @@ def create_run(path: Path, command: str, settings: Mapping[str, Any], inputs: Ma
     matching_run(path, command, settings, inputs)
     path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        if matching_run(path, command, settings, inputs) is None:
+        _sweep(path)
+        fresh = matching_run(path, command, settings, inputs) is None
+        if fresh:
             ledger = {"format": _FORMAT, "command": command, "created": _now(), "settings": dict(settings)}
             write_json(path / "run.json", {**ledger, "inputs": dict(inputs), "versions": versions(), "stages": {}})
-        run = Run(path)
+        run = Run(path, fresh)
         run.round().mkdir(exist_ok=True)
         yield run
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed process left unfinished."""
+    for folder in (path, *path.glob("round-*")):
+        for leftover in (*folder.glob(".*.tmp"), *folder.glob(".conflicts-*")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 @contextmanager
@@ -232,6 +247,9 @@ def _check_same(path: Path, command: str, settings: Mapping[str, Any], inputs: M
     changed += [f"the content of {k}" for k in inputs if ledger["inputs"].get(k) != inputs[k]]
     if changed:
         raise RunError(f"{path} was made with other settings ({'; '.join(changed)}): choose another --out")
+    if command not in ledger["stages"] and ledger["versions"] != versions():
+        was = ", ".join(f"{name} {number}" for name, number in ledger["versions"].items())
+        raise RunError(f"{path} was begun with other versions ({was}): go on with those, or choose another --out")
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

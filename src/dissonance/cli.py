@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,15 +15,17 @@ import typer
 from typer.exceptions import TyperException
 
 from dissonance import __version__
-from dissonance.errors import DissonanceError, InputError
+from dissonance.config import Dtype, RewardKind
+from dissonance.errors import DissonanceError
+from dissonance.likelihood import Likelihood
 from dissonance.progress import ProgressFactory, console, quiet
+from dissonance.scored import ScoredLikelihood
 
 app = typer.Typer(
     name="dissonance",
     help="Find the answers on which your reward model and your policy disagree.",
     rich_markup_mode=None,
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
@@ -32,37 +33,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Out = Annotated[Path, typer.Option("--out", help="The run folder: made anew, or gone on with.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-
-
-class RewardKind(StrEnum):
-    """Which way a reward model's output points."""
-
-    reward = "reward"
-    cost = "cost"
-
-
-class Likelihood(StrEnum):
-    """What the policy's side of the conflict is."""
-
-    sum = "sum"
-    mean = "mean"
-    relative = "relative"
-
-
-class ScoredLikelihood(StrEnum):
-    """What can be read off scored rows."""
-
-    sum = "sum"
-    mean = "mean"
-
-
-class Dtype(StrEnum):
-    """What models compute in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 @app.callback(invoke_without_command=True)
@@ -87,15 +57,13 @@ def audit(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; log-likelihoods are at 1.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; log-likelihoods are without.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 256,
-    likelihood: Annotated[Likelihood, typer.Option(help="sum (the paper's), mean (per token) or relative.")] = (
-        Likelihood.sum
-    ),
+    likelihood: Annotated[Likelihood, typer.Option(help="sum (the paper's), mean (per token) or relative.")] = "sum",
     reference: Annotated[str | None, typer.Option(help="Reference model, for --likelihood relative.")] = None,
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the policy.")] = None,
     template: Annotated[
         str, typer.Option(help="auto, chat, or a text such as 'Question: {prompt}\\n\\nAnswer:'.")
     ] = "auto",
-    reward_kind: Annotated[RewardKind, typer.Option(help="cost: higher is worse.")] = RewardKind.reward,
+    reward_kind: Annotated[RewardKind, typer.Option(help="cost: higher is worse.")] = "reward",
     reward_index: Annotated[int | None, typer.Option(help="Which output is the reward.")] = None,
     reward_adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the reward model.")] = None,
     reward_template: Annotated[str, typer.Option(help="auto, chat, pair, or a text with {prompt}.")] = "auto",
@@ -108,7 +76,7 @@ def audit(
     sample: Annotated[int | None, typer.Option(help="Draw so many prompts at random.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling of prompts and completions.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = "auto",
     tokens_per_batch: Annotated[int | None, typer.Option(help="Bound on the tokens of one batch.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with a model.")] = False,
     as_json: Json = False,
@@ -123,7 +91,7 @@ def audit(
 
     common = {
         "device": device,
-        "dtype": dtype.value,
+        "dtype": dtype,
         "tokens_per_batch": tokens_per_batch,
         "trust_remote_code": trust_remote_code,
     }
@@ -153,25 +121,25 @@ def audit(
                 "model": reward_model,
                 "adapter": reward_adapter,
                 "template": _unescape(reward_template),
-                "kind": reward_kind.value,
+                "kind": reward_kind,
                 "index": reward_index,
                 "max_length": reward_max_length,
                 **common,
             },
-            "likelihood": likelihood.value,
+            "likelihood": likelihood,
             "seed": seed,
         }
     )
     summary = run_audit(config, out, _progress(silent))
-    _say(summary, as_json, [*_conflict_lines(summary), f"report: {out / 'report.html'}"])
+    _say(summary, as_json, [*_conflict_lines(summary, likelihood), f"report: {out / 'report.html'}"])
 
 
 @app.command()
 def conflicts(
     scored: Annotated[Path, typer.Argument(help="Rows of prompt_id, completion_id, logprob, reward.")],
     out: Out,
-    reward_kind: Annotated[RewardKind, typer.Option(help="cost: higher is worse.")] = RewardKind.reward,
-    likelihood: Annotated[ScoredLikelihood, typer.Option(help="sum, or mean (needs n_tokens).")] = ScoredLikelihood.sum,
+    reward_kind: Annotated[RewardKind, typer.Option(help="cost: higher is worse.")] = "reward",
+    likelihood: Annotated[ScoredLikelihood, typer.Option(help="sum, or mean (needs n_tokens).")] = "sum",
     as_json: Json = False,
     silent: Quiet = False,
 ) -> None:
@@ -183,12 +151,9 @@ def conflicts(
     """
     from dissonance.loop import conflicts as run_conflicts
 
-    summary = run_conflicts(
-        scored, out, reward_kind=reward_kind.value, likelihood=likelihood.value, progress=_progress(silent)
-    )
-    _say(
-        summary, as_json, [*_conflict_lines(summary), f"tables: {out / 'round-000'}", f"report: {out / 'report.html'}"]
-    )
+    summary = run_conflicts(scored, out, reward_kind=reward_kind, likelihood=likelihood, progress=_progress(silent))
+    lines = [*_conflict_lines(summary, likelihood), f"tables: {out / 'round-000'}", f"report: {out / 'report.html'}"]
+    _say(summary, as_json, lines)
 
 
 @app.command()
@@ -242,7 +207,7 @@ def demo(
     summary = run_demo(out, seed=seed, progress=_progress(silent))
     lines = []
     for task, found in summary["tasks"].items():
-        lines += [f"{task}:", *(f"  {line}" for line in _conflict_lines(found["audit"]))]
+        lines += [f"{task}:", *(f"  {line}" for line in _conflict_lines(found["audit"], "sum"))]
         lines += [f"  report: {out / task / 'report.html'}"]
     _say(summary, as_json, lines)
 
@@ -259,7 +224,7 @@ def _say(summary: Mapping[str, Any], as_json: bool, lines: list[str]) -> None:
     print(json.dumps(summary, ensure_ascii=False, allow_nan=False) if as_json else "\n".join(lines))
 
 
-def _conflict_lines(summary: Mapping[str, Any]) -> list[str]:
+def _conflict_lines(summary: Mapping[str, Any], likelihood: Likelihood) -> list[str]:
     kendall, rho = summary["kendall_tau_distance"], summary.get("length_correlation")
     lines = [f"{summary['prompts']:,} prompts, {summary['completions']:,} completions"]
     if kendall["mean"] is None:
@@ -267,11 +232,18 @@ def _conflict_lines(summary: Mapping[str, Any]) -> list[str]:
     lines += [
         f"Kendall-tau distance: {kendall['mean']:.3f}",
         f"independent scores would give: {kendall['null_mean']:.3f}, with sd {kendall['null_sd']:.3f} between prompts",
-        f"prompts above that: {kendall['share_above_null']:.1%}; significantly: {kendall['share_significant']:.1%}",
+        f"prompts above that: {kendall['share_above_null']:.1%} (by chance {kendall['null_share_above']:.1%}); "
+        f"significantly: {kendall['share_significant']:.1%} (by chance {kendall['null_share_significant']:.1%})",
         f"mean |PACS|: {summary['mean_abs_pacs']:.3f}",
     ]
+    if summary["repeated_answers"] > 0.01:
+        lines.append(
+            f"repeated answers: {summary['repeated_answers']:.1%}, which lower the distance and what chance gives; "
+            f"over distinct answers: {kendall['distinct_mean']:.3f}, by chance 0.500"
+        )
     if rho is not None:
-        warning = "; |rho| > 0.5: much of this conflict is length, try --likelihood mean" if abs(rho) > 0.5 else ""
+        hint = ", try --likelihood mean" if likelihood == "sum" else ""
+        warning = f"; |rho| > 0.5: much of this conflict is length{hint}" if abs(rho) > 0.5 else ""
         lines.append(f"correlation of PACS with length: {rho:+.2f}{warning}")
     notes = {
         "degenerate": "degenerate prompts, with constant rewards or log-likelihoods",
@@ -291,7 +263,9 @@ def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process forks
     try:
-        result = typer.main.get_command(app).main(arguments, prog_name="dissonance", standalone_mode=False)
+        result = typer.main.get_command(app).main(
+            arguments or ["--help"], prog_name="dissonance", standalone_mode=False
+        )
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         return _fail(_with_value(message, arguments), 2)
@@ -317,6 +291,3 @@ def _with_value(message: str, arguments: list[str]) -> str:
 def _fail(message: str, code: int) -> int:
     print(f"dissonance: error: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-__all__ = ["InputError", "app", "main", "run"]

@@ -1,6 +1,6 @@
 """What a run is told: one small frozen section per stage; unknown keys are errors."""
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -39,7 +39,8 @@ class ModelConfig(_Section):
     adapter: str | None = None
     """A PEFT adapter on top of the model."""
     template: str = "auto"
-    """`auto`: the tokenizer's chat template, or a plain one without it; `chat`; or a text with {prompt} in it."""
+    """`auto`: the tokenizer's chat template, or a plain one without it; `chat`; or a text with {prompt} in it. A reward
+    model also takes `pair`: prompt and answer as an encoder's two segments."""
     device: str = "auto"
     dtype: Dtype = "auto"
     """`auto`: bfloat16 where the hardware computes in it, else float32."""
@@ -47,10 +48,13 @@ class ModelConfig(_Section):
     """Bound on rows x (prompt + new tokens) in one batch; by default 8,192 on a CPU and 131,072 on a GPU."""
     trust_remote_code: bool = False
 
+    named_templates: ClassVar[tuple[str, ...]] = ("auto", "chat")
+
     @model_validator(mode="after")
     def _template_names_the_prompt(self) -> Self:
-        if self.template not in ("auto", "chat", "pair") and self.template.count("{prompt}") != 1:
-            raise ValueError("template must be auto, chat, or a text with {prompt} in it once")
+        if self.template not in self.named_templates and self.template.count("{prompt}") != 1:
+            names = ", ".join(self.named_templates)
+            raise ValueError(f"template must be one of {names}, or a text with {{prompt}} in it once")
         return self
 
 
@@ -68,6 +72,8 @@ class PolicyConfig(ModelConfig):
 
 class RewardConfig(ModelConfig):
     """The reward model, and how its output is read."""
+
+    named_templates: ClassVar[tuple[str, ...]] = ("auto", "chat", "pair")
 
     kind: RewardKind = "reward"
     """`cost`: higher is worse, so the output is negated on loading."""

@@ -1,6 +1,8 @@
 """What loading a Hugging Face policy and a Hugging Face reward model have in common."""
 
+import gc
 import importlib.util
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -107,7 +109,7 @@ def loading(role: str, name: str) -> Iterator[None]:
             yield
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+    except Exception as error:  # safetensors, tokenizers and Jinja have roots of their own
         raise ModelError(f"{role}: {name} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -130,11 +132,35 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def base_and_adapter(config: ModelConfig, role: str) -> tuple[str, str | None]:
+    """The names of the base model and of the adapter; a folder with only an adapter in it names its base itself."""
+    folder = Path(config.model).expanduser()
+    if (
+        config.adapter is not None
+        or not (folder / "adapter_config.json").is_file()
+        or (folder / "config.json").is_file()
+    ):
+        return config.model, config.adapter
+    with loading(role, config.model):
+        described = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = described.get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise ModelError(f"{role}: {config.model} names no base model: give the base, and this as its adapter")
+        return base, config.model
+
+
+def free_memory() -> None:
+    """Give back what deleted models held on an accelerator."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
 def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the adapter when it brings one, else of the model."""
-    name = config.model
-    if config.adapter is not None and (Path(config.adapter) / "tokenizer_config.json").is_file():
-        name = config.adapter
+    """The tokenizer of the adapter when it brings one, else of the base."""
+    name, adapter = base_and_adapter(config, role)
+    if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
+        name = adapter
     source = resolve_source(name, role)
     with loading(role, name):
         return AutoTokenizer.from_pretrained(source.name, trust_remote_code=config.trust_remote_code, **source.kwargs)
@@ -144,7 +170,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception means that the batch was too large for the memory, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(some in str(error) for some in words)
 
 
 def uses_chat_template(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, role: str) -> bool:
@@ -185,8 +212,8 @@ def render_plain(messages: Sequence[Message], template: str) -> str:
 
 
 def join_answer(prompt: str, answer: str) -> str:
-    """A rendered prompt and its answer, with a space between them unless the prompt ends in white space."""
-    return f"{prompt}{answer}" if prompt[-1:].isspace() else f"{prompt} {answer}"
+    """A rendered prompt and its answer, with a space between them unless one is there."""
+    return f"{prompt}{answer}" if prompt[-1:].isspace() or answer[:1].isspace() else f"{prompt} {answer}"
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, rendered: bool) -> list[int]:

@@ -20,14 +20,12 @@ from dissonance.artifacts import (
     write_json,
     write_table,
 )
-from dissonance.config import RewardKind, RunConfig
-from dissonance.errors import DataError, InputError
-from dissonance.huggingface import quiet_transformers, resolved
+from dissonance.config import RewardConfig, RewardKind, RunConfig
+from dissonance.errors import DataError, InputError, SettingsError
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.prompts import LoadedPrompts, load_prompts, prompts_fingerprint
+from dissonance.records import Prompt
 from dissonance.report import write_report
-from dissonance.rewards import function_source, load_reward_model
-from dissonance.sampling import HFPolicy, HFReference
 from dissonance.sandbox import Task, World, build_sandbox
 from dissonance.scored import ScoredLikelihood, measure_scored
 from dissonance.selection import Strategy, parse_threshold, pool_from_tables, queries_table
@@ -36,13 +34,14 @@ from dissonance.stages import (
     conflict_keys,
     measure_conflicts,
     plan_batches,
+    round_length_correlation,
     sample_completions,
     score_completions,
     score_reference,
 )
 
 
-def audit(config: RunConfig, out: Path, progress: ProgressFactory = quiet) -> dict[str, Any]:
+def audit(config: RunConfig, out: Path | str, progress: ProgressFactory = quiet) -> dict[str, Any]:
     """Sample a policy, score its completions, and find where the reward model and the policy disagree.
 
     Leaves `completions.parquet` and `prompts.parquet` in OUT/round-000, `summary.json` and `report.html` in OUT. Run
@@ -59,32 +58,58 @@ def audit(config: RunConfig, out: Path, progress: ProgressFactory = quiet) -> di
     Raises:
         InputError: a setting, the prompts or a model is wrong; nothing was written.
     """
+    # PyTorch and Transformers are loaded here, so that measuring and selecting need not wait for them.
+    from dissonance.huggingface import free_memory
+    from dissonance.rewards import load_reward_model
+    from dissonance.sampling import HFPolicy, HFReference
+
+    out = Path(out)
     loaded = load_prompts(**config.prompts.model_dump(), seed=config.seed)
     settings, inputs = _settings(config), _inputs(config, loaded)
-    finished = matching_run(out, "audit", settings, inputs)
-    if finished is not None and (done := finished.finished("audit")) is not None:
-        return dict(done["summary"])
+    if (done := _finished(out, "audit", settings, inputs)) is not None:
+        return done
 
+    _check_reward_model(config.reward_model, loaded.prompts[0])
     policy = HFPolicy(config.policy, config.seed)
     batches = plan_batches(policy, loaded.prompts)
-    reward_model = load_reward_model(config.reward_model)
-    reference = HFReference(config.policy) if config.likelihood == "relative" else None
-    first = loaded.prompts[0].messages
-    reward_model.score([first], [first[-1].content])  # one that cannot score anything is found out before the sampling
+    reference = None if config.policy.reference is None else HFReference(config.policy, config.policy.reference)
 
     with create_run(out, "audit", settings, inputs) as run:
         n = config.policy.n
         sample_completions(run, policy, batches, n, progress)
-        del policy  # its memory is the reward model's now
-        score_completions(run, reward_model, batches, n, progress)
-        del reward_model
+        del policy
+        free_memory()
         if reference is not None:
             score_reference(run, reference, batches, n, progress)
-        found = measure_conflicts(run, loaded.prompts, batches, config.likelihood)
+            del reference
+            free_memory()
+        score_completions(run, load_reward_model(config.reward_model), batches, n, progress)
+        found = measure_conflicts(run, loaded.prompts, batches, n, config.likelihood)
         return _conclude(run, "audit", {**found, "duplicates": loaded.n_duplicates})
 
 
+def _finished(out: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any] | None:
+    """What the command found before, if all that it leaves is still there."""
+    run = matching_run(out, command, settings, inputs)
+    done = None if run is None else run.finished(command)
+    left = ("summary.json", "report.html", "round-000/prompts.parquet", "round-000/completions.parquet")
+    if done is None or not all((out / name).is_file() for name in left):
+        return None
+    return dict(done["summary"])
+
+
+def _check_reward_model(config: RewardConfig, prompt: Prompt) -> None:
+    """Score one text: a model that cannot is found out before the sampling, and leaves its memory to the policy."""
+    from dissonance.huggingface import free_memory
+    from dissonance.rewards import load_reward_model
+
+    load_reward_model(config).score([prompt.messages], [prompt.messages[-1].content])
+    free_memory()
+
+
 def _settings(config: RunConfig) -> dict[str, Any]:
+    from dissonance.huggingface import resolved
+
     reward = {} if ":" in config.reward_model.model else {"reward_model": resolved(config.reward_model)}
     return {**config.model_dump(), "resolved": {"policy": resolved(config.policy), **reward}}
 
@@ -102,12 +127,14 @@ def _inputs(config: RunConfig, loaded: LoadedPrompts) -> dict[str, str]:
 
 
 def _reward_source(name: str) -> str:
+    from dissonance.rewards import function_source
+
     return str(function_source(name) or name) if ":" in name else name
 
 
 def conflicts(
-    scored: Path,
-    out: Path,
+    scored: Path | str,
+    out: Path | str,
     *,
     reward_kind: RewardKind = "reward",
     likelihood: ScoredLikelihood = "sum",
@@ -128,17 +155,16 @@ def conflicts(
     Raises:
         InputError: the scores cannot be used; nothing was written.
     """
+    scored, out = Path(scored), Path(out)
     settings = {"scored": str(scored), "reward_kind": reward_kind, "likelihood": likelihood}
     if not scored.exists():
         raise DataError(f"{scored}: no such file or folder")
     inputs = {"scored": source_fingerprint(str(scored))}
-    finished = matching_run(out, "conflicts", settings, inputs)
-    if finished is not None and (done := finished.finished("conflicts")) is not None:
-        return dict(done["summary"])
-    fresh = not out.exists()
+    if (done := _finished(out, "conflicts", settings, inputs)) is not None:
+        return done
     start = time.perf_counter()
-    try:
-        with create_run(out, "conflicts", settings, inputs) as run:
+    with create_run(out, "conflicts", settings, inputs) as run:
+        try:
             with progress("measuring", None, "completions") as advance:
                 found = measure_scored(
                     scored,
@@ -148,20 +174,22 @@ def conflicts(
                     likelihood=likelihood,
                     on_progress=advance,
                 )
-            return _conclude(run, "conflicts", {**conflict_keys(found), "seconds": time.perf_counter() - start})
-    except InputError:
-        if fresh:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+        except InputError:
+            if run.fresh:
+                shutil.rmtree(out)
+            raise
+        rho = round_length_correlation(run.round())
+        keys = {**conflict_keys(found), "length_correlation": rho, "seconds": time.perf_counter() - start}
+        return _conclude(run, "conflicts", keys)
 
 
 def select(
-    run: Path,
+    run: Path | str,
     *,
     budget: int,
     strategy: str | Strategy = "shf_cas",
-    tau: str | None = None,
-    delta: str | None = None,
+    tau: float | str | None = None,
+    delta: float | str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Choose what to ask people about; writes `queries.parquet` beside the tables of the round.
@@ -170,7 +198,7 @@ def select(
         run: a finished run folder of `audit` or `conflicts`.
         budget: judgements to spend: 1 for a comparison or a rating, N-1 for a ranking of N.
         strategy: a name in `dissonance.selection.STRATEGIES`, or a callable like them.
-        tau: least K of a prompt, "0.6", or a quantile, "q0.9".
+        tau: least K of a prompt, 0.6, or a quantile, "q0.9".
         delta: least |PACS| of a completion, likewise.
         seed: of the strategies that draw.
 
@@ -180,7 +208,9 @@ def select(
     Raises:
         InputError: the run is not finished, or an option is wrong; nothing was written.
     """
-    with open_run(run) as opened:
+    if seed < 0:
+        raise SettingsError(f"--seed is {seed}: give 0 or more")
+    with open_run(Path(run)) as opened:
         likelihood = opened.ledger["settings"]["likelihood"]
         pool = pool_from_tables(
             read_table(opened.round() / "prompts.parquet"),
@@ -192,8 +222,8 @@ def select(
             strategy,
             budget=budget,
             rng=np.random.default_rng(seed),
-            tau=None if tau is None else parse_threshold(tau, "tau"),
-            delta=None if delta is None else parse_threshold(delta, "delta"),
+            tau=None if tau is None else parse_threshold(str(tau), "tau"),
+            delta=None if delta is None else parse_threshold(str(delta), "delta"),
         )
         write_table(opened.round() / "queries.parquet", queries_table(chosen))
         found = {
@@ -208,7 +238,7 @@ def select(
     return found
 
 
-def demo(out: Path, *, seed: int = 0, progress: ProgressFactory = quiet) -> dict[str, Any]:
+def demo(out: Path | str, *, seed: int = 0, progress: ProgressFactory = quiet) -> dict[str, Any]:
     """Audit the built-in world's two tasks, with models trained from scratch in seconds and kept in the user's cache.
 
     Args:
@@ -219,7 +249,9 @@ def demo(out: Path, *, seed: int = 0, progress: ProgressFactory = quiet) -> dict
     Returns:
         {"tasks": {task: {"audit": the keys of `audit --json`}}}.
     """
-    tasks = {}
+    from dissonance.huggingface import quiet_transformers
+
+    out, tasks = Path(out), {}
     for task in get_args(Task):
         with progress(f"{task}: training the policy and its reward model", 2, "models") as advance:
             with quiet_transformers():

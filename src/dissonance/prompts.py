@@ -137,10 +137,10 @@ def load_prompts(
 
 
 def prompts_fingerprint(prompts: Iterable[Prompt]) -> str:
-    """SHA-256, in hex, over the ids and messages in order: equal if and only if the same is asked of the policy."""
+    """SHA-256, in hex, over ids, categories and messages in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(json.dumps([prompt.prompt_id, *map(astuple, prompt.messages)]).encode() + b"\n")
+        digest.update(json.dumps([prompt.prompt_id, prompt.category, *map(astuple, prompt.messages)]).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -14,11 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from scipy.stats import spearmanr
 
 from dissonance.artifacts import Parts, Run, atomic_path
-from dissonance.conflict import Conflicts, ConflictSummary, ConflictTally, FloatArray, conflicts, tally
-from dissonance.errors import DissonanceError
+from dissonance.conflict import Conflicts, ConflictSummary, ConflictTally, conflicts, length_correlation, tally
+from dissonance.errors import DissonanceError, RunError
 from dissonance.likelihood import Likelihood, loglikelihood
 from dissonance.models import Policy, ReferenceModel, RewardModel
 from dissonance.progress import ProgressFactory
@@ -28,8 +27,9 @@ WINDOW = 1024
 _SAMPLED = pa.schema(
     [f for f in COMPLETIONS_SCHEMA if f.name not in {"ref_logprob", "reward", "reward_truncated", "pacs"}]
 )
-_REFERENCE = pa.schema([COMPLETIONS_SCHEMA.field("ref_logprob")])
-_REWARDS = pa.schema([COMPLETIONS_SCHEMA.field(name) for name in ("reward", "reward_truncated")])
+_KEYS = ("prompt_id", "completion_id")
+_REFERENCE = pa.schema([COMPLETIONS_SCHEMA.field(name) for name in (*_KEYS, "ref_logprob")])
+_REWARDS = pa.schema([COMPLETIONS_SCHEMA.field(name) for name in (*_KEYS, "reward", "reward_truncated")])
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,15 @@ def score_completions(
     run: Run, reward_model: RewardModel, batches: Sequence[Batch], n: int, progress: ProgressFactory
 ) -> None:
     """Completions -> rewards."""
-    parts = _parts(run)
 
     def compute(batch: Batch) -> pa.Table:
-        texts = parts.read("completions", batch.window, batch.number)["text"].to_pylist()
+        texts = _read(run, "completions", batch, n)["text"].to_pylist()
         conversations = [prompt.messages for prompt in batch.prompts for _ in range(n)]
         rewards = reward_model.score(conversations, texts)
         if len(rewards) != len(texts):
             raise DissonanceError(f"the reward model gave {len(rewards)} rewards for {len(texts)} completions")
         columns = {"reward": [r.value for r in rewards], "reward_truncated": [r.truncated for r in rewards]}
-        return pa.table(columns, schema=_REWARDS)
+        return pa.table(_keys(batch, n) | columns, schema=_REWARDS)
 
     _each_batch(run, "rewards", batches, n, compute, progress, label="scoring")
 
@@ -94,19 +93,36 @@ def score_reference(
     run: Run, reference: ReferenceModel, batches: Sequence[Batch], n: int, progress: ProgressFactory
 ) -> None:
     """Completions -> log-likelihoods under the reference model."""
-    parts = _parts(run)
 
     def compute(batch: Batch) -> pa.Table:
-        ids = parts.read("completions", batch.window, batch.number)["token_ids"].to_pylist()
+        ids = _read(run, "completions", batch, n)["token_ids"].to_pylist()
         grouped = [ids[first : first + n] for first in range(0, len(ids), n)]
         sums = reference.logprobs(batch.prompts, grouped)
-        return pa.table({"ref_logprob": [value for group in sums for value in group]}, schema=_REFERENCE)
+        flat = [value for group in sums for value in group]
+        return pa.table(_keys(batch, n) | {"ref_logprob": flat}, schema=_REFERENCE)
 
     _each_batch(run, "reference", batches, n, compute, progress, label="reference model")
 
 
 def _parts(run: Run) -> Parts:
     return Parts(run.round() / "parts")
+
+
+def _keys(batch: Batch, n: int) -> dict[str, list[Any]]:
+    """What stands in the key columns of every part of a batch."""
+    return {
+        "prompt_id": [prompt.prompt_id for prompt in batch.prompts for _ in range(n)],
+        "completion_id": [*range(n)] * len(batch.prompts),
+    }
+
+
+def _read(run: Run, stage: str, batch: Batch, n: int) -> pa.Table:
+    """A stored batch, which must hold what the plan says: positions alone would give a prompt another's reward."""
+    table = _parts(run).read(stage, batch.window, batch.number)
+    if table.select(_KEYS).to_pydict() != _keys(batch, n):
+        path = _parts(run).path(stage, batch.window, batch.number)
+        raise RunError(f"{path} holds other completions than planned: choose another --out")
+    return table
 
 
 def _each_batch(
@@ -135,7 +151,7 @@ def _completions_table(completions: Sequence[Completion]) -> pa.Table:
 
 
 def measure_conflicts(
-    run: Run, prompts: Sequence[Prompt], batches: Sequence[Batch], likelihood: Likelihood
+    run: Run, prompts: Sequence[Prompt], batches: Sequence[Batch], n: int, likelihood: Likelihood
 ) -> dict[str, Any]:
     """Completions, rewards and log-likelihoods -> the round's two tables and their summary."""
     folder = run.round()
@@ -147,16 +163,18 @@ def measure_conflicts(
         pq.ParquetWriter(prompts_path, PROMPTS_SCHEMA, compression="zstd") as prompts_writer,
     ):
         for w, window in enumerate(_windows(prompts)):
-            table, spent = _window_table(run, window, [b for b in batches if b.window == w])
+            table, spent = _window_table(run, window, [b for b in batches if b.window == w], n)
             seconds = {stage: seconds[stage] + spent[stage] for stage in seconds}
             found = _measure(table, window, likelihood)
             completions_writer.write_table(_column(table, "pacs", found.pacs).select(COMPLETIONS_SCHEMA.names))
             prompts_writer.write_table(_prompts_table(window, found))
             total += tally(found)
-    return {**conflict_keys(total.summary()), **_audit_keys(folder / "completions.parquet", seconds)}
+    return {**conflict_keys(total.summary()), **_audit_keys(folder, seconds)}
 
 
-def _window_table(run: Run, window: Sequence[Prompt], batches: Sequence[Batch]) -> tuple[pa.Table, dict[str, float]]:
+def _window_table(
+    run: Run, window: Sequence[Prompt], batches: Sequence[Batch], n: int
+) -> tuple[pa.Table, dict[str, float]]:
     """The completions of a window in the order of its prompts, and the seconds that each stage took."""
     parts = _parts(run)
     seconds = dict.fromkeys(("completions", "rewards", "reference"), 0.0)
@@ -165,7 +183,7 @@ def _window_table(run: Run, window: Sequence[Prompt], batches: Sequence[Batch]) 
         columns: dict[str, pa.ChunkedArray] = {}
         for stage in seconds:
             if stage != "reference" or parts.path(stage, batch.window, batch.number).exists():
-                part = parts.read(stage, batch.window, batch.number)
+                part = _read(run, stage, batch, n)
                 seconds[stage] += float(part.schema.metadata[b"seconds"])
                 columns |= dict(zip(part.column_names, part.columns, strict=True))
         tables.append(pa.table(columns))
@@ -179,12 +197,11 @@ def _window_table(run: Run, window: Sequence[Prompt], batches: Sequence[Batch]) 
 
 
 def _measure(table: pa.Table, window: Sequence[Prompt], likelihood: Likelihood) -> Conflicts:
-    ids = table["prompt_id"].to_pylist()
-    offsets = [i for i, name in enumerate(ids) if i == 0 or name != ids[i - 1]]
-    if len(offsets) != len(window):
-        raise DissonanceError(f"{len(offsets)} of {len(window)} prompts have completions: run the command again")
+    if len(table) % len(window):
+        raise DissonanceError(f"{len(table)} completions for {len(window)} prompts: run the command again")
+    offsets = np.arange(len(window) + 1) * (len(table) // len(window))
     rewards = table["reward"].to_numpy()
-    return conflicts(rewards, loglikelihood(table, likelihood), [*offsets, len(ids)], [p.prompt_id for p in window])
+    return conflicts(rewards, loglikelihood(table, likelihood), offsets, [p.prompt_id for p in window])
 
 
 def _column(table: pa.Table, name: str, values: np.ndarray[Any, Any]) -> pa.Table:
@@ -213,23 +230,27 @@ def conflict_keys(found: ConflictSummary) -> dict[str, Any]:
         "prompts": found.prompts,
         "completions": found.completions,
         "degenerate": found.degenerate,
+        "repeated_answers": found.repeated_answers,
         "kendall_tau_distance": {
             "mean": found.kendall_tau_distance,
             "null_mean": found.null_mean,
             "null_sd": found.null_sd,
+            "distinct_mean": found.distinct_distance,
             "share_above_null": found.share_above_null,
+            "null_share_above": found.null_share_above,
             "share_significant": found.share_significant,
+            "null_share_significant": found.null_share_significant,
         },
         "mean_abs_pacs": found.mean_abs_pacs,
     }
 
 
-def _audit_keys(completions: Path, seconds: dict[str, float]) -> dict[str, Any]:
+def _audit_keys(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """The keys that only `audit` has: lengths, truncation, rates."""
-    columns = pq.read_table(completions, columns=["pacs", "n_tokens", "finish_reason", "reward_truncated"])
+    columns = pq.read_table(folder / "completions.parquet", columns=["n_tokens", "finish_reason", "reward_truncated"])
     tokens = pc.sum(columns["n_tokens"]).as_py()
     return {
-        "length_correlation": length_correlation(columns["pacs"].to_numpy(), columns["n_tokens"].to_numpy()),
+        "length_correlation": round_length_correlation(folder),
         "truncated": pc.sum(columns["reward_truncated"]).as_py(),
         "unfinished": pc.sum(pc.equal(columns["finish_reason"], "length")).as_py(),
         "tokens": tokens,
@@ -238,13 +259,16 @@ def _audit_keys(completions: Path, seconds: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def length_correlation(pacs: FloatArray, n_tokens: np.ndarray[Any, Any]) -> float | None:
-    """Spearman's rho of signed PACS and length, over the completions that conflict at all; None without variation.
-
-    Sum log-likelihood falls with length, so a long answer looks unlikely and its PACS is high whatever it says.
-    """
-    conflicting = pacs != 0
-    x, y = pacs[conflicting], n_tokens[conflicting]
-    if x.size < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+def round_length_correlation(folder: Path) -> float | None:
+    """`conflict.length_correlation` of a round's two tables; None also where a completion has no n_tokens."""
+    file = folder / "completions.parquet"
+    if "n_tokens" not in pq.read_schema(file).names:
         return None
-    return float(spearmanr(x, y).statistic)
+    columns = pq.read_table(file, columns=["pacs", "n_tokens"])
+    if columns["n_tokens"].null_count:
+        return None
+    prompts = pq.read_table(folder / "prompts.parquet", columns=["n_completions", "degenerate"])
+    offsets = np.append(0, np.cumsum(prompts["n_completions"].to_numpy(), dtype=np.int64))
+    return length_correlation(
+        columns["pacs"].to_numpy(), columns["n_tokens"].to_numpy(), offsets, prompts["degenerate"].to_numpy()
+    )

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from dissonance.config import RewardConfig
@@ -17,7 +18,7 @@ def function_source(name: str) -> Path | None:
     _search_here()
     try:
         spec = importlib.util.find_spec(name.partition(":")[0])
-    except (ImportError, ValueError):
+    except (ImportError, ValueError, AttributeError):
         return None
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
 
@@ -25,7 +26,7 @@ def function_source(name: str) -> Path | None:
 def _search_here() -> None:
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)  # last, so that a file here shadows no installed package
 
 
 class FunctionRewardModel:
@@ -42,9 +43,10 @@ class FunctionRewardModel:
         module_name, _, attribute = config.model.partition(":")
         _search_here()
         try:
-            function = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ModelError(f"reward model: {config.model} cannot be imported: {error}") from error
+            with redirect_stdout(sys.stderr):  # stdout is for what was asked of the command
+                function = getattr(importlib.import_module(module_name), attribute)
+        except Exception as error:  # whatever the user's module raises
+            raise ModelError(f"reward model: {config.model} cannot be imported: {error!r}") from error
         if not callable(function):
             raise ModelError(f"reward model: {config.model} is a {type(function).__name__}, not a callable")
         self._function = function
@@ -56,7 +58,11 @@ class FunctionRewardModel:
             DataError: the callable returned another number of values, or one that is not a finite number.
         """
         prompts = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
-        values = list(self._function(prompts=prompts, completions=list(completions)))
+        try:
+            with redirect_stdout(sys.stderr):
+                values = list(self._function(prompts=prompts, completions=list(completions)))
+        except Exception as error:  # whatever the user's function raises
+            raise ModelError(f"reward model: {self._name} failed: {error!r}") from error
         if len(values) != len(completions):
             raise DataError(f"{self._name} returned {len(values)} rewards for {len(completions)} completions")
         return [Reward(self._sign * self._number(v, text)) for v, text in zip(values, completions, strict=True)]
@@ -64,7 +70,7 @@ class FunctionRewardModel:
     def _number(self, value: object, completion: str) -> float:
         try:
             number = float(value)  # type: ignore[arg-type]  # tensors and NumPy scalars convert too
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             number = math.nan
         if not math.isfinite(number):
             raise DataError(f"{self._name} returned {value!r} for {completion[:60]!r}: rewards must be finite numbers")

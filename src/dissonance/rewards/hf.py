@@ -1,6 +1,5 @@
 """A Hugging Face sequence classifier as a reward model or a cost model."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from dissonance.config import RewardConfig
 from dissonance.errors import DataError, DissonanceError, ModelError
 from dissonance.huggingface import (
     PLAIN_TEMPLATE,
-    Source,
+    base_and_adapter,
     encode_text,
     is_out_of_memory,
     join_answer,
@@ -30,6 +29,8 @@ from dissonance.huggingface import (
 from dissonance.records import Message, Reward
 
 _ROLE = "reward model"
+# RoBERTa's kin count positions from two.
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"}
 # Tokenizers without a limit of their own say 10^30.
 _NO_LIMIT = 10**9
 
@@ -51,7 +52,6 @@ class HFRewardModel:
         self._device = resolve_device(config.device)
         self._model = _load(config, self._device)
         self._tokenizer = load_tokenizer(config, _ROLE)
-        self._tokenizer.truncation_side = "left"
         self._chat = uses_chat_template(config, self._tokenizer, _ROLE)
         self._pair = config.template == "pair" or (
             config.template == "auto" and not self._chat and self._tokenizer.sep_token is not None
@@ -86,21 +86,24 @@ class HFRewardModel:
             )
             return tuple(encode_text(self._tokenizer, text, rendered=True))
         if self._pair:
-            prompt = render_plain(messages, "{prompt}")
-            return tuple(self._tokenizer(prompt, completion)["input_ids"])
+            return tuple(self._tokenizer(render_plain(messages, "{prompt}"), completion)["input_ids"])
         template = PLAIN_TEMPLATE if self._config.template == "auto" else self._config.template
         text = join_answer(render_plain(messages, template), completion)
         return tuple(encode_text(self._tokenizer, text + (self._tokenizer.eos_token or ""), rendered=False))
 
     def _cut(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """Drop the start of what is too long: the answer, and the token the head reads, are at the end.
+        """Drop the start of what is too long: the answer, and the token that a causal head reads, are at the end.
 
-        An encoder reads its first token, so that one stays.
+        The first token stays where it is special: encoders read it. So does a pair's separator.
         """
-        if len(ids) <= self._max_length:
+        excess = len(ids) - self._max_length
+        if excess <= 0:
             return ids
-        first = ids[: 1 if self._tokenizer.cls_token_id == ids[0] else 0]
-        return first + ids[len(ids) - self._max_length + len(first) :]
+        special = {self._tokenizer.cls_token_id, self._tokenizer.bos_token_id}
+        kept = ids[: 1 if ids[0] in special else 0]
+        if self._pair and self._tokenizer.sep_token_id in ids[: len(kept) + excess]:
+            kept += (self._tokenizer.sep_token_id,)
+        return kept + ids[excess + len(kept) :]
 
     def _score_all(self, rows: Sequence[tuple[int, ...]]) -> list[float]:
         """Scores of rows sorted by length."""
@@ -150,7 +153,8 @@ class HFRewardModel:
 
 
 def _load(config: RewardConfig, device: torch.device) -> PreTrainedModel:
-    source, adapter = _source_and_adapter(config)
+    base, adapter = base_and_adapter(config, _ROLE)
+    source = resolve_source(base, _ROLE)
     with loading(_ROLE, config.model):
         known = AutoConfig.from_pretrained(source.name, trust_remote_code=config.trust_remote_code, **source.kwargs)
         architecture = (known.architectures or ["unknown"])[0]
@@ -176,17 +180,17 @@ def _load(config: RewardConfig, device: torch.device) -> PreTrainedModel:
                 f"{_ROLE}: {config.model} has no weights for {', '.join(sorted(map(str, missing))[:3])}: they would be "
                 "random (a LoRA adapter must be saved with modules_to_save=['score'])"
             )
+    _keep_head_exact(model)
     return model.eval()
 
 
-def _source_and_adapter(config: RewardConfig) -> tuple[Source, str | None]:
-    """The base and the adapter; a folder that holds only an adapter names its base itself."""
-    folder = Path(config.model)
-    description = folder / "adapter_config.json"
-    if config.adapter is None and description.is_file() and not (folder / "config.json").is_file():
-        base = json.loads(description.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return resolve_source(base, _ROLE), config.model
-    return resolve_source(config.model, _ROLE), config.adapter
+def _keep_head_exact(model: PreTrainedModel) -> None:
+    """Compute the head in float32: bfloat16 near 3 has steps of 1/64, which would tie rewards that differ."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name in ("score", "classifier"):
+        head = getattr(base, name, None)
+        if isinstance(head, torch.nn.Module):
+            head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 
 
 def _adapter_covers(adapter: Path, missing: Iterable[str]) -> set[str]:
@@ -208,8 +212,11 @@ def _output_index(config: RewardConfig, outputs: int) -> int:
 
 
 def _max_length(config: RewardConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
+    known = model.config.get_text_config()
+    positions = getattr(known, "max_position_embeddings", None) or _NO_LIMIT
     own = int(min(positions, tokenizer.model_max_length, _NO_LIMIT))
+    if known.model_type in _OFFSET_POSITIONS:
+        own -= 2
     return min(config.max_length or own, own)
 
 

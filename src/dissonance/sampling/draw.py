@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dissonance.errors import ModelError
+
 _NUCLEUS_START = 256
 # Logits turned into a cumulative distribution at once: in float64 they are four times what the model gave.
 _DRAWN_AT_ONCE = 1 << 21
@@ -72,6 +74,8 @@ def _inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     exact = torch.float32 if probabilities.device.type == "mps" else torch.float64
     cumulative = probabilities.cumsum(dim=-1, dtype=exact)
     total = cumulative[:, -1]
+    if not bool(torch.isfinite(total).all()):
+        raise ModelError("policy: it gave NaN or infinite logits: try another --dtype, or a higher --temperature")
     # Below the total even after rounding, so that the first entry above the target always exists and has mass.
     target = torch.minimum(uniforms.to(exact) * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target.unsqueeze(-1), right=True).squeeze(-1)

@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from dissonance.config import PolicyConfig
 from dissonance.errors import DataError, DissonanceError, ModelError
 from dissonance.huggingface import (
+    base_and_adapter,
+    free_memory,
     is_out_of_memory,
     load_tokenizer,
     loading,
@@ -37,7 +39,7 @@ class HFPolicy:
         self._device = resolve_device(config.device)
         self._budget = resolve_tokens_per_batch(config, self._device)
         self._encode = PromptEncoder(config)
-        self._model = _load(config, config.model, self._device, "policy").to(self._device)
+        self._model = _load(config, self._device, "policy").to(self._device)
         self._eos_ids = _eos_ids(self._model, self._encode.tokenizer)
         self._row_limit: int | None = None
 
@@ -94,7 +96,7 @@ class HFPolicy:
             if rows == 1:
                 raise DissonanceError(f"out of memory for one completion of prompt {batch[0].prompt_id!r}")
             self._row_limit = rows // 2
-            torch.accelerator.empty_cache() if self._device.type != "cpu" else None
+            free_memory()
         if len(batch) > 1:
             middle = len(batch) // 2
             return self._sample(batch[:middle], completion_ids) + self._sample(batch[middle:], completion_ids)
@@ -128,36 +130,50 @@ class HFReference:
         ModelError: it cannot be loaded, or its vocabulary is not the policy's, so that the ids mean other words.
     """
 
-    def __init__(self, config: PolicyConfig) -> None:
-        name = config.reference or config.model
+    def __init__(self, config: PolicyConfig, reference: str) -> None:
         self._device = resolve_device(config.device)
         self._encode = PromptEncoder(config)
-        without_adapter = config.model_copy(update={"model": name, "adapter": None})
-        vocabulary = load_tokenizer(without_adapter, "reference").get_vocab()
-        if vocabulary != self._encode.tokenizer.get_vocab():
+        own = config.model_copy(update={"model": reference, "adapter": None})
+        if load_tokenizer(own, "reference").get_vocab() != self._encode.tokenizer.get_vocab():
             raise ModelError(
-                f"reference: {name} has another vocabulary than the policy: use the policy's own base model"
+                f"reference: {reference} has another vocabulary than the policy: use the policy's own base"
             )
-        self._model = _load(without_adapter, name, self._device, "reference")
+        self._model = _load(own, self._device, "reference")
 
     def logprobs(self, prompts: Sequence[Prompt], token_ids: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
-        """Sums of log pi_ref over token_ids[i][j], nats; every prompt has equally many completions."""
+        """Sums of log pi_ref over token_ids[i][j], nats; every prompt has equally many completions.
+
+        Equal token ids of a prompt get the same sum: rounding must not break a tie.
+        """
+        sums = self._logprobs(prompts, token_ids)
+        for ids, values in zip(token_ids, sums, strict=True):
+            first: dict[tuple[int, ...], float] = {}
+            values[:] = [first.setdefault(tuple(some), value) for some, value in zip(ids, values, strict=True)]
+        return sums
+
+    def _logprobs(self, prompts: Sequence[Prompt], token_ids: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
         try:
             model = self._model.to(self._device)
             return teacher_force(model, [self._encode(prompt) for prompt in prompts], token_ids)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            if len(prompts) == 1:
-                raise DissonanceError(f"reference: out of memory on prompt {prompts[0].prompt_id!r}") from error
-        middle = len(prompts) // 2
-        return self.logprobs(prompts[:middle], token_ids[:middle]) + self.logprobs(prompts[middle:], token_ids[middle:])
+        free_memory()
+        if len(prompts) > 1:
+            half = len(prompts) // 2
+            return self._logprobs(prompts[:half], token_ids[:half]) + self._logprobs(prompts[half:], token_ids[half:])
+        if len(token_ids[0]) == 1:
+            raise DissonanceError(f"reference: out of memory on prompt {prompts[0].prompt_id!r}")
+        half = len(token_ids[0]) // 2
+        parts = (self._logprobs(prompts, [some]) for some in (token_ids[0][:half], token_ids[0][half:]))
+        return [[value for part in parts for value in part[0]]]
 
 
-def _load(config: PolicyConfig, name: str, device: torch.device, role: str) -> PreTrainedModel:
+def _load(config: PolicyConfig, device: torch.device, role: str) -> PreTrainedModel:
     """A causal LM in eval mode, still in main memory, its adapter merged."""
+    name, adapter = base_and_adapter(config, role)
     source = resolve_source(name, role)
-    with loading(role, name):
+    with loading(role, config.model):
         known = AutoConfig.from_pretrained(source.name, trust_remote_code=config.trust_remote_code, **source.kwargs)
         architecture = (known.architectures or [""])[0]
         if architecture.endswith("ForSequenceClassification"):
@@ -168,10 +184,10 @@ def _load(config: PolicyConfig, name: str, device: torch.device, role: str) -> P
         )  # fmt: skip
         if info["missing_keys"]:
             raise ModelError(f"{role}: {name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
-        if config.adapter is not None:
+        if adapter is not None:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, config.adapter).merge_and_unload()
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model.eval()
 
 

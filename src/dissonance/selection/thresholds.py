@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from dissonance.conflict import kendall_null
-from dissonance.errors import SettingsError
+from dissonance.errors import DataError, SettingsError
 from dissonance.selection.pool import FloatArray, Pool
 
 ThresholdName = Literal["tau", "delta"]
@@ -27,10 +27,8 @@ class Threshold:
         return f"{'q' if self.quantile else ''}{self.value:g}"
 
     def bound(self, values: FloatArray) -> float:
-        """Find the bound among `values`, (any,): a quantile is one of them (none: infinity)."""
-        if not self.quantile:
-            return self.value
-        return float(np.quantile(values, self.value, method="higher")) if values.size else math.inf
+        """Find the bound among `values`, (any,), of which a quantile is one."""
+        return float(np.quantile(values, self.value, method="higher")) if self.quantile else self.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +70,8 @@ def effective_thresholds(pool: Pool, tau: Threshold | None, delta: Threshold | N
 
     Both are over all prompts that are not degenerate, so that delta does not depend on tau.
     """
+    if pool.degenerate.all() and any(threshold and threshold.quantile for threshold in (tau, delta)):
+        raise DataError("every prompt is degenerate, so there is nothing to take a quantile of: leave it out")
     distances = pool.kendall_tau_distance[~pool.degenerate]
     scores = np.abs(pool.pacs[~pool.degenerate[pool.prompt_of]])
     return Thresholds(
