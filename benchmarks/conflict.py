@@ -1,6 +1,7 @@
 """The conflict metrics against a loop over SciPy and NumPy, side by side.
 
-    command   from a Parquet file with a row per completion to the two tables: a process of its own, its start included
+    command   `dissonance conflicts`: from a Parquet file with a row per completion to a run folder with its report,
+              in a process of its own, its start included
     metrics   PACS and Kendall-tau distance of arrays in memory
 
 The loop takes minutes for a million prompts, so it is timed on a sample, in turns with the rest, and scaled. Each ratio
@@ -12,6 +13,7 @@ is of two timings that follow each other; the numbers must agree before any rati
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,12 +34,6 @@ FloatArray = npt.NDArray[np.float64]
 Scores = tuple[FloatArray, FloatArray]  # rewards and logprobs, (P, N) each
 
 _CHUNK = 50_000
-_COMMAND = """
-import sys
-from pathlib import Path
-from dissonance.scored import measure_scored
-measure_scored(*map(Path, sys.argv[1:]))
-"""
 
 
 @dataclass(frozen=True)
@@ -107,12 +103,18 @@ def compare(work: Callable[[], object], sample: Scores, prompts: int, repeats: i
 
 
 def time_command(folder: Path, sample: Scores, options: argparse.Namespace) -> Timing:
-    source, prompts_out, completions_out = (folder / f"{name}.parquet" for name in ("scored", "prompts", "completions"))
+    source, run = folder / "scored.parquet", folder / "run"
     write_scored(source, options.prompts, options.n)
-    command = [sys.executable, "-c", _COMMAND, str(source), str(prompts_out), str(completions_out)]
-    timing = compare(lambda: subprocess.run(command, check=True), sample, options.prompts, options.repeats)
-    distance = pq.read_table(prompts_out, columns=["kendall_tau_distance"]).slice(0, len(sample[0]))
-    pacs = pq.read_table(completions_out, columns=["pacs"]).slice(0, sample[0].size)
+    command = [sys.executable, "-m", "dissonance", "conflicts", str(source), "--quiet", "--out"]
+
+    def work() -> None:
+        shutil.rmtree(run, ignore_errors=True)  # a finished run would only be read again
+        subprocess.run([*command, str(run)], check=True, stdout=subprocess.DEVNULL)
+
+    timing = compare(work, sample, options.prompts, options.repeats)
+    tables = run / "round-000"
+    distance = pq.read_table(tables / "prompts.parquet", columns=["kendall_tau_distance"]).slice(0, len(sample[0]))
+    pacs = pq.read_table(tables / "completions.parquet", columns=["pacs"]).slice(0, sample[0].size)
     check(pacs["pacs"].to_numpy(), distance["kendall_tau_distance"].to_numpy(), sample)
     return timing
 

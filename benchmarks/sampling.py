@@ -31,25 +31,19 @@ from dissonance.sampling import HFPolicy
 
 TOPICS = "tides volcanoes bread chess rain bridges honey glaciers clocks paper silk wolves maps salt opera bicycles"
 # Short, middling, long, and a conversation: the lengths of real prompts differ, and padding is paid for.
-FORMS = (
-    ("What should everyone know about {topic}?",),
-    (
-        "I would like to understand {topic} a little better than I do now. Please explain in a few sentences how {topic} "
-        "came to matter to people, and what one should look at first.",
-    ),
-    (
-        "Here are my notes on {topic}. They were more widespread once. The oldest written source that mentions them is a "
-        "letter from a merchant to his brother, who did not believe him. Several regions claim to have had them first, "
-        "and the claims cannot all be right. Today they are studied in three countries, for different reasons, and the "
-        "results are seldom compared. Write a summary of these notes about {topic} for a school newspaper, in a friendly "
-        "tone, without lists.",
-    ),
-    (
-        "Do you know anything about {topic}?",
-        "Yes, quite a lot. What would you like to know?",
-        "Tell me the oddest fact.",
-    ),
+PLAIN = "What should everyone know about {topic}?"
+POLITE = (
+    "I would like to understand {topic} a little better than I do now. Please explain in a few sentences how {topic} "
+    "came to matter to people, and what one should look at first."
 )
+NOTES = (
+    "Here are my notes on {topic}. They were more widespread once. The oldest written source that mentions them is a "
+    "letter from a merchant to his brother, who did not believe him. Several regions claim to have had them first, and "
+    "the claims cannot all be right. Today they are studied in three countries, for different reasons, and the results "
+    "are seldom compared. Write a summary of these notes for a school newspaper, in a friendly tone, without lists."
+)
+TALK = ("Do you know anything about {topic}?", "Yes, quite a lot. What would you like?", "Tell me the oddest fact.")
+FORMS = ((PLAIN,), (POLITE,), (NOTES,), TALK)
 
 
 def main() -> None:
@@ -285,9 +279,7 @@ def _show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     most = result["limit"]
     print(f"  limit (forward pass)       {most['tokens_per_second']:9.0f} tokens/s, at {most['rows']} rows")
     print(f"  ours, share of the limit   {spread(result['share_of_limit'])}")
-    print(
-        f"  largest difference between the two log-likelihoods of a completion: {result['largest_logprob_difference']:.1e}"
-    )
+    print(f"  largest difference between the two log-likelihoods: {result['largest_logprob_difference']:.1e} nats")
 
 
 if __name__ == "__main__":

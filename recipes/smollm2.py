@@ -64,13 +64,24 @@ def unpack(out: Path) -> None:
 
 def convert(file: Path, out: Path, pairs: int, longest: int) -> None:
     """Conversational chosen and rejected, as `trl reward` reads them: train.jsonl and test.jsonl (a fifth)."""
-    rows = [row for row in read(file) if max(len(json.dumps(row[side])) for side in ("chosen", "rejected")) <= longest]
+    everything = list(read(file))
+    rows = [row for row in everything if max(characters(turns) for turns in row.values()) <= longest]
+    print(
+        f"left out: {len(everything) - len(rows)} of {len(everything)} pairs, longer than {longest} characters a side"
+    )
+    if not rows:
+        sys.exit(f"{file}: no pairs are left: raise --longest")
     random.Random(0).shuffle(rows)
     held_out = min(pairs, len(rows)) // 5
     out.mkdir(parents=True, exist_ok=True)
     for name, part in (("test", rows[:held_out]), ("train", rows[held_out : held_out + pairs])):
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
         print(f"{name}: {len(part)} pairs")
+
+
+def characters(turns: list[dict[str, str]]) -> int:
+    """Length of a conversation."""
+    return sum(len(turn["content"]) for turn in turns)
 
 
 def read(file: Path) -> Iterator[dict[str, Any]]:

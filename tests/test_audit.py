@@ -406,6 +406,13 @@ def test_an_interrupted_audit_says_how_to_go_on(policy_folder: Path, prompts_fil
     assert stderr.endswith("dissonance: error: interrupted; the same command goes on where it was\n")
 
 
+def test_measuring_and_selecting_do_not_load_torch() -> None:
+    code = (
+        "import sys, dissonance.loop, dissonance.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_help_shows_every_command_with_an_example() -> None:
     done = command("--help", cwd=Path())
     for name in ("audit", "conflicts", "select", "report", "demo"):

@@ -316,7 +316,8 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "context_length": 128, "embedding_length": width, "block_count": layers, "feed_forward_length": hidden,
         "head_count": heads, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "vocab_size": len(words),
         "rope_dimension_count": width // heads, "tokenizer_model": "gpt2", "token_list": words,
-        "token_types": [3, 3, 3] + [1] * (len(words) - 3), "token_merges": ["a b"], "bos_token_id": 1, "eos_token_id": 2,
+        "token_types": [3, 3, 3] + [1] * (len(words) - 3), "token_merges": ["a b"],
+        "bos_token_id": 1, "eos_token_id": 2,
     }.items():  # fmt: skip
         getattr(writer, f"add_{add}")(value)
     rng = np.random.default_rng(0)

@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any, get_args
 
@@ -225,15 +226,16 @@ def select(
             tau=None if tau is None else parse_threshold(str(tau), "tau"),
             delta=None if delta is None else parse_threshold(str(delta), "delta"),
         )
-        write_table(opened.round() / "queries.parquet", queries_table(chosen))
         found = {
             "strategy": chosen.strategy,
             "judgements": chosen.judgements,
             "prompts": chosen.prompts,
             "queries": len(chosen.queries),
-            "thresholds": asdict(chosen.thresholds),
+            # No quantile of nothing: where every prompt is degenerate, JSON has no word for an infinite bound.
+            "thresholds": {k: v if v is None or isfinite(v) else None for k, v in asdict(chosen.thresholds).items()},
             "explanation": list(chosen.explanation),
         }
+        write_table(opened.round() / "queries.parquet", queries_table(chosen))
         opened.finish("select", budget=budget, tau=tau, delta=delta, seed=seed, summary=found)
     return found
 

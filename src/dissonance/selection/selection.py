@@ -17,8 +17,8 @@ from dissonance.selection.thresholds import (
     ThresholdName,
     Thresholds,
     check_threshold,
+    comparisons,
     effective_thresholds,
-    warnings,
 )
 
 _TAKES = {"shf_cas": {"tau", "delta"}, "kendall": {"tau"}, "discordant": {"tau"}, "pacs": {"delta"}}
@@ -76,7 +76,7 @@ def select(
     thresholds = effective_thresholds(pool, tau, delta)
     queries = tuple(ask(pool, budget, thresholds, rng))
     _check_queries(pool, name, queries, budget)
-    lines = [_funnel(pool, name, thresholds, queries, budget), *warnings(pool, thresholds)]
+    lines = [_funnel(pool, name, thresholds, queries, budget), *comparisons(pool, thresholds)]
     selection = Selection(name, queries, thresholds, tuple(lines))
     if selection.judgements < budget:
         note = f"note: there is no more to ask: {selection.judgements:,} of {_count(budget, 'judgement')} are spent"

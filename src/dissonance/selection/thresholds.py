@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from dissonance.conflict import kendall_null
-from dissonance.errors import DataError, SettingsError
+from dissonance.errors import SettingsError
+from dissonance.null import null_pmf
 from dissonance.selection.pool import FloatArray, Pool
 
 ThresholdName = Literal["tau", "delta"]
@@ -27,8 +27,10 @@ class Threshold:
         return f"{'q' if self.quantile else ''}{self.value:g}"
 
     def bound(self, values: FloatArray) -> float:
-        """Find the bound among `values`, (any,), of which a quantile is one."""
-        return float(np.quantile(values, self.value, method="higher")) if self.quantile else self.value
+        """Find the bound among `values`, (any,): a quantile is one of them (none: infinity)."""
+        if not self.quantile:
+            return self.value
+        return float(np.quantile(values, self.value, method="higher")) if values.size else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,6 @@ def effective_thresholds(pool: Pool, tau: Threshold | None, delta: Threshold | N
 
     Both are over all prompts that are not degenerate, so that delta does not depend on tau.
     """
-    if pool.degenerate.all() and any(threshold and threshold.quantile for threshold in (tau, delta)):
-        raise DataError("every prompt is degenerate, so there is nothing to take a quantile of: leave it out")
     distances = pool.kendall_tau_distance[~pool.degenerate]
     scores = np.abs(pool.pacs[~pool.degenerate[pool.prompt_of]])
     return Thresholds(
@@ -80,29 +80,36 @@ def effective_thresholds(pool: Pool, tau: Threshold | None, delta: Threshold | N
     )
 
 
-def warnings(pool: Pool, thresholds: Thresholds) -> list[str]:
-    """Say, one line each, which threshold keeps more than half: it selects little, whatever it is called.
+def comparisons(pool: Pool, thresholds: Thresholds) -> list[str]:
+    """Say, one line each, what a threshold keeps beside what it would keep of scores that are independent.
 
-    Beside the share stands what rewards independent of the log-likelihoods would give: K has mean 1/2 and Kendall's
-    variance, taken as normal; PACS is the difference of two z-scores, near N(0, 2).
+    One that keeps more than half selects little, whatever it is called, and its line is a warning. For K the share of
+    independent scores is exact for each prompt's N (`null_pmf`); for PACS, the difference of two z-scores, it is that
+    of N(0, 2), a few percentage points off for N below 5.
     """
-    lines = []
     fit = ~pool.degenerate
-    if thresholds.tau is not None and fit.any():
-        n = max(2, int(np.median(np.diff(pool.offsets))))
-        sd = kendall_null(n).sd
-        kept = np.mean(pool.kendall_tau_distance[fit] >= thresholds.tau)
-        expected = math.erfc((thresholds.tau - 0.5) / (sd * math.sqrt(2))) / 2
-        if kept > 0.5:
-            lines.append(
-                f"warning: K >= {thresholds.tau:.2f} keeps {kept:.0%} of the prompts; independent scores would have "
-                f"K = 0.50 +- {sd:.2f} (N = {n}), which keeps {expected:.0%}: raise tau to choose more narrowly"
-            )
-    if thresholds.delta is not None and fit.any():
-        kept = np.mean(np.abs(pool.pacs[fit[pool.prompt_of]]) >= thresholds.delta)
-        if kept > 0.5:
-            lines.append(
-                f"warning: |PACS| >= {thresholds.delta:.2f} keeps {kept:.0%} of the completions; independent scores "
-                f"would keep {math.erfc(thresholds.delta / 2):.0%}: raise delta to choose more narrowly"
-            )
+    if not fit.any():
+        return []
+    lines = []
+    if thresholds.tau is not None:
+        kept = float(np.mean(pool.kendall_tau_distance[fit] >= thresholds.tau))
+        sizes, counts = np.unique(np.diff(pool.offsets)[fit], return_counts=True)
+        expected = float(np.average([_null_share(int(n), thresholds.tau) for n in sizes], weights=counts))
+        lines.append(_comparison(f"K >= {thresholds.tau:.2f}", "prompts", kept, expected))
+    if thresholds.delta is not None:
+        kept = float(np.mean(np.abs(pool.pacs[fit[pool.prompt_of]]) >= thresholds.delta))
+        expected = math.erfc(thresholds.delta / 2)
+        lines.append(_comparison(f"|PACS| >= {thresholds.delta:.2f}", "completions", kept, expected))
     return lines
+
+
+def _comparison(rule: str, what: str, kept: float, expected: float) -> str:
+    line = f"{rule} keeps {kept:.0%} of the {what}; of independent scores it would keep {expected:.0%}"
+    return f"warning: {line}: raise it to choose more narrowly" if kept > 0.5 else f"note: {line}"
+
+
+def _null_share(n: int, tau: float) -> float:
+    """P(K >= tau) for two independent rankings of n."""
+    chances = null_pmf(n)
+    distances = np.arange(len(chances)) / (len(chances) - 1)
+    return float(chances[distances >= tau - 1e-12].sum())
