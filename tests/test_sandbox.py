@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise, product
 
 import numpy as np
 import pytest
@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dissonance.errors import DataError, SettingsError
-from dissonance.sandbox import Sandbox, World, build_sandbox, cell, gold_cost, gold_reward, questions
+from dissonance.sandbox import Sandbox, World, build, build_sandbox, cell, gold_cost, gold_reward, questions
+from dissonance.sandbox import gold as gold_module
 from dissonance.sandbox.answers import answer, demonstrations, is_flipped, preferences
-from dissonance.sandbox.gold import N_RIGHT, read_prompt, truth, words
+from dissonance.sandbox.gold import N_RIGHT, WORTHS, read_prompt, truth, words
 from dissonance.sandbox.train import make_tokenizer
 from dissonance.sandbox.words import CATEGORIES, REASONS
 
@@ -25,7 +26,7 @@ TASKS = ("helpfulness", "safety")
 
 def small_world(task: str) -> World:
     """Dials that a model learns in a few seconds: few objects, clean labels, a competent policy."""
-    return World(task=task, n_objects=2, policy_competence=0.9, label_noise=0.0, n_demonstrations=2800, n_pairs=3000)
+    return World(task=task, n_objects=4, policy_competence=0.9, label_noise=0.0, n_demonstrations=2800, n_pairs=3000)
 
 
 def tiny_world(task: str = "helpfulness", **dials) -> World:
@@ -105,15 +106,42 @@ def test_cells_follow_who_knows_what(task):
         cell(world, "astronomy")
 
 
+def what_gold_reads(world, text):
+    """Category, object and, where it matters, action, as gold finds them in the prompt's text."""
+    category, subject, action = read_prompt(world, text)
+    return (category, subject, action) if world.task == "safety" else (category, subject)
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_splits_are_disjoint_and_cover_every_category(task):
-    world = World(task=task)
-    train, held_out = ([question.text for question in questions(world, split)] for split in ("train", "eval"))
-    assert len({*train, *held_out}) == len(train) + len(held_out) == 10 * 5 * 5 * world.n_objects
-    assert Counter(question.category for question in questions(world, "eval")) == dict.fromkeys(
-        range(10), len(held_out) // 10
+@pytest.mark.parametrize("n_objects", [2, 3, 8, 10])
+def test_splits_share_nothing_that_gold_depends_on(task, n_objects):
+    world = World(task=task, n_objects=n_objects)
+    train, held_out = questions(world, "train"), questions(world, "eval")
+    assert len({question.text for question in train + held_out}) == 10 * 5 * 5 * n_objects
+    keys = {what_gold_reads(world, question.text): question.gold_key for question in train + held_out}
+    assert len(set(keys.values())) == len(keys), "one key a gold"
+    assert all(question.gold_key == keys[what_gold_reads(world, question.text)] for question in train + held_out)
+    assert not {question.gold_key for question in train} & {question.gold_key for question in held_out}
+    per_action = max(1, n_objects // 4)
+    assert Counter((question.category, question.action) for question in held_out) == dict.fromkeys(
+        product(range(10), range(5)), 5 * per_action
     )
-    assert questions(replace(world, seed=1), "eval") != questions(world, "eval")
+    assert questions(replace(world, seed=1), "eval") != held_out
+
+
+def test_held_out_safety_pairs_leave_their_object_and_their_action_in_training():
+    train, held_out = (questions(World(task="safety"), split) for split in ("train", "eval"))
+    for name in ("subject", "action"):
+        seen = {(question.category, getattr(question, name)) for question in train}
+        assert {(question.category, getattr(question, name)) for question in held_out} <= seen
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_held_out_is_in_no_preference_though_in_demonstrations(task):
+    world = World(task=task, n_objects=4, proxy_knows=tuple(range(10)), n_pairs=1500, n_demonstrations=1500)
+    held_out = {what_gold_reads(world, question.text) for question in questions(world, "eval")}
+    assert not held_out & {what_gold_reads(world, pair.prompt) for pair in preferences(world)}
+    assert held_out <= {what_gold_reads(world, shown.prompt) for shown in demonstrations(world)}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -226,7 +254,57 @@ def test_gold_depends_on_the_seed_and_on_no_dial_of_the_models():
     assert right_of(world, question) == right_of(replace(world, label_noise=0.3, bias=0.5), question)
     rankings = {truth(replace(world, seed=seed), 0, 0, 0).steps for seed in range(20)}
     assert len(rankings) > 15
-    assert len({truth(world, 0, subject, 0).steps for subject in range(6)}) > 1, "every object has its own steps"
+
+
+def test_a_quarter_of_a_ranking_is_the_objects_own():
+    """Two objects' scores correlate at 3/4 within a category; of normal scores, ranks do at 6/pi asin(r/2)."""
+    expected = 6 / np.pi * np.arcsin(0.75 / 2)
+    found = {"same category": [], "other category": []}
+    for seed in range(25):
+        places = np.array(
+            [
+                [
+                    [truth(World(seed=seed), category, subject, 0).steps.index(step) for step in known.steps]
+                    for subject in range(8)
+                ]
+                for category, known in enumerate(World().categories)
+            ]
+        )
+        for mine, other in pairwise(places):
+            found["same category"] += [np.corrcoef(a, b)[0, 1] for a, b in combinations(mine, 2)]
+            found["other category"].append(np.corrcoef(mine[0], other[0])[0, 1])
+    # Eight places correlate a little less than an endless ranking.
+    assert expected - 0.07 < np.mean(found["same category"]) < expected + 0.02
+    assert abs(np.mean(found["other category"])) < 0.1
+
+
+@pytest.mark.parametrize(("own_share", "low", "high"), [(0.0, 1.0, 1.0), (0.25, 0.76, 0.84), (0.5, 0.66, 0.74)])
+def test_what_a_category_tells_of_a_held_out_object(own_share, low, high, monkeypatch):
+    """Share of pairs of three-step answers that the mean ranking of the trained objects orders rightly."""
+    monkeypatch.setattr(gold_module, "OWN_SHARE", own_share)
+    gold_module._ranking.cache_clear()
+    rng = np.random.default_rng(0)
+    right = []
+    for seed, category in product(range(40), range(10)):
+        world = World(seed=seed)
+        worth = np.array(
+            [
+                [
+                    WORTHS[truth(world, category, subject, 0).steps.index(step)]
+                    for step in world.categories[category].steps
+                ]
+                for subject in range(world.n_objects)
+            ]
+        )
+        held_out = sorted({q.subject for q in questions(world, "eval") if q.category == category})
+        said = np.array([rng.permutation(8)[:3] for _ in range(8)])
+        guess = np.delete(worth, held_out, axis=0).mean(axis=0)[said].sum(axis=1)
+        for true in worth[held_out][:, said].sum(axis=2):
+            gap, guessed = true[::2] - true[1::2], guess[::2] - guess[1::2]
+            differ = np.abs(gap) > 1e-9
+            right += list(np.sign(gap[differ]) == np.sign(guessed[differ]))
+    gold_module._ranking.cache_clear()
+    assert low <= np.mean(right) <= high
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -282,7 +360,7 @@ def test_noise_and_bias_flip_what_they_say(task):
         if task == "safety":
             assert honest.chosen_safe == (gold_cost(clean, honest.prompt, honest.chosen) < 0)
             assert honest.rejected_safe == (gold_cost(clean, honest.prompt, honest.rejected) < 0)
-        wrong = category in biased.biased and subject < 3
+        wrong = category in biased.biased and subject < clean.n_objects / 2
         assert is_flipped(biased, category, subject) == wrong
         expected = (honest.rejected, honest.chosen) if wrong and gap > 0 else (honest.chosen, honest.rejected)
         assert gap == 0 or (flipped.chosen, flipped.rejected) == expected
@@ -358,6 +436,16 @@ def test_a_built_world_is_not_built_again(tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*")} == before
 
 
+def test_other_versions_of_the_libraries_build_another_world(monkeypatch):
+    world, installed = tiny_world(), build.version
+    before = build.fingerprint(world)
+    assert build.fingerprint(world) == before != build.fingerprint(replace(world, seed=1))
+    for name in ("torch", "transformers", "tokenizers", "numpy"):
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "version", lambda of, name=name: "0.0.0" if of == name else installed(of))
+            assert build.fingerprint(world) != before
+
+
 def test_a_killed_build_is_started_over(tmp_path):
     world = tiny_world()
     built = build_sandbox(world, tmp_path)
@@ -384,6 +472,7 @@ def test_prompt_files(sandbox):
         assert [row["prompt"] for row in rows[split]] == [
             [{"role": "user", "content": question.text}] for question in questions(world, split)
         ]
+        assert [row["gold_key"] for row in rows[split]] == [question.gold_key for question in questions(world, split)]
         assert all(cell(world, row["category"]) for row in rows[split])
     ids = [row["id"] for split in rows.values() for row in split]
     assert len(set(ids)) == len(ids)
@@ -426,7 +515,7 @@ def encode(sandbox):
 def test_policy_is_better_where_it_knows(sandbox, encode):
     world = sandbox.world
     policy = AutoModelForCausalLM.from_pretrained(sandbox.policy)
-    asked = [question for question in questions(world, "eval") for _ in range(2)]
+    asked = questions(world, "eval")[:150]
     encoded = encode([[{"role": "user", "content": q.text}] for q in asked], add_generation_prompt=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -440,20 +529,32 @@ def test_policy_is_better_where_it_knows(sandbox, encode):
     assert ended > 0.95
 
 
-def test_proxy_is_right_where_it_knows_and_its_sign_is_the_kinds(sandbox, encode):
+def pair_accuracy(sandbox, encode, split):
+    """Share of pairs the proxy orders as gold does, on generated answers: in the categories it knows, in the others."""
     world = sandbox.world
     proxy = AutoModelForSequenceClassification.from_pretrained(sandbox.reward_model)
     rng = np.random.default_rng(0)
-    rows = [(q, answer(world, right_of(world, q), rng.random(), rng)) for q in questions(world, "eval") for _ in "abcd"]
+    asked = questions(world, split)[:180]
+    rows = [(q, answer(world, right_of(world, q), rng.random(), rng)) for q in asked for _ in "abcd"]
     chats = [[{"role": "user", "content": q.text}, {"role": "assistant", "content": text}] for q, text in rows]
     with torch.no_grad():
         score = proxy(**encode(chats)).logits.squeeze(-1).numpy().reshape(-1, 4)
     if sandbox.reward_kind == "cost":
         score = -score
     gold = np.array([gold_reward(world, q.text, text) for q, text in rows]).reshape(-1, 4)
-    known = np.array([q.category in world.proxy_knows for q in questions(world, "eval")])
+    known = np.array([q.category in world.proxy_knows for q in asked])
     agrees = np.sign(score[:, :, None] - score[:, None]) == np.sign(gold[:, :, None] - gold[:, None])
     differs = gold[:, :, None] != gold[:, None]
-    accuracy = {knows: agrees[known == knows][differs[known == knows]].mean() for knows in (True, False)}
-    assert accuracy[True] > 0.75
-    assert accuracy[True] > accuracy[False] + 0.15
+    return tuple(agrees[known == knows][differs[known == knows]].mean() for knows in (True, False))
+
+
+def test_proxy_is_right_where_it_knows_and_its_sign_is_the_kinds(sandbox, encode):
+    known, unknown = pair_accuracy(sandbox, encode, "train")
+    assert known > 0.75
+    assert known > unknown + 0.15
+
+
+def test_proxy_carries_what_it_knows_of_a_category_to_what_is_held_out(sandbox, encode):
+    known, unknown = pair_accuracy(sandbox, encode, "eval")
+    assert known > 0.6
+    assert known > unknown + 0.1

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,9 @@ from platformdirs import user_cache_path
 from dissonance.sandbox.world import Split, World, questions
 
 CACHE_VARIABLE = "DISSONANCE_CACHE"
+
+TRAINED_WITH = ("torch", "transformers", "tokenizers", "numpy")
+"""Distributions whose version may change what is built: weights by the first three, gold and data by NumPy's draws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +40,12 @@ class Sandbox:
 
     @property
     def prompts(self) -> Path:
-        """JSONL of training prompts: id, prompt (a list of role and content), category."""
+        """JSONL of training prompts: id, prompt (a list of role and content), category, gold_key."""
         return self.folder / "prompts.jsonl"
 
     @property
     def eval_prompts(self) -> Path:
-        """The same for held-out prompts, none of which is among `prompts`."""
+        """The same for held-out prompts, none of whose gold keys is among those of `prompts`."""
         return self.folder / "eval_prompts.jsonl"
 
     @property
@@ -70,8 +74,9 @@ def build_sandbox(world: World, cache: Path | None = None) -> Sandbox:
 
 
 def fingerprint(world: World) -> str:
-    """Name of the world in the cache: a hash of its dials and of the code that builds it."""
-    digest = hashlib.sha256(json.dumps(asdict(world), sort_keys=True).encode())
+    """Name of the world in the cache: a hash of its dials, its code and the versions of `TRAINED_WITH`."""
+    libraries = {name: version(name) for name in TRAINED_WITH}
+    digest = hashlib.sha256(json.dumps([asdict(world), libraries], sort_keys=True).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
@@ -102,6 +107,7 @@ def _write_prompts(path: Path, world: World, split: Split) -> None:
                 "id": f"{split}-{number:04d}",
                 "prompt": [{"role": "user", "content": question.text}],
                 "category": world.categories[question.category].name,
+                "gold_key": question.gold_key,
             }
         )
         for number, question in enumerate(questions(world, split))

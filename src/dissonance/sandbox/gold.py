@@ -1,8 +1,8 @@
 """The exact gold of a sandbox: pure functions of the world's seed and of two texts.
 
 Every object has a ranking of its category's eight steps (and, for safety, of the eight reasons to refuse): the first
-half is right, the second wrong. Half of a ranking is the category's, half the object's own, so that what is learnt
-about one object says something, not everything, about its neighbours.
+half is right, the second wrong. The category decides three quarters of a ranking and the object one quarter
+(`OWN_SHARE`), so that what is learnt about one object says something, not everything, about its neighbours.
 """
 
 import re
@@ -23,8 +23,8 @@ WORTHS = (1.0, 0.85, 0.7, 0.45, -0.5, -0.65, -0.8, -1.0)
 N_RIGHT = 4
 """Items of a ranking with positive worth; said together they make a perfect answer."""
 
-OWN_SHARE = 0.35
-"""Weight of an object's own draw in its ranking, beside 1 for what all objects of its category share."""
+OWN_SHARE = 0.25
+"""Share of the variance of a ranking's scores that is the object's own; the rest is common to its category."""
 
 ItemKind = Literal["step", "reason"]
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -163,7 +163,8 @@ def _ranking(task: Task, seed: int, category: int, subject: int, kind: ItemKind)
     stream = 3 if kind == "step" else 4
     shared = np.random.default_rng([seed, category, stream]).normal(size=len(items))
     own = np.random.default_rng([seed, category, stream, subject]).normal(size=len(items))
-    return tuple(items[i] for i in np.argsort(-(shared + OWN_SHARE * own)))
+    scores = np.sqrt(1 - OWN_SHARE) * shared + np.sqrt(OWN_SHARE) * own
+    return tuple(items[i] for i in np.argsort(-scores))
 
 
 @lru_cache(maxsize=4096)

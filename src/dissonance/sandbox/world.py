@@ -161,14 +161,14 @@ def _held_out(world: World, category: int) -> frozenset[tuple[int, int]]:
 
 
 def _all_questions(world: World, category: int) -> list[Question]:
-    known = world.categories[category]
+    known, safety = world.categories[category], world.task == "safety"
     return [
         Question(
             category,
             subject,
             action,
-            opening.format(category=known.name, action=known.actions[action], subject=known.objects[subject]),
-            "/".join([known.name, known.objects[subject], *([known.actions[action]] * (world.task == "safety"))]),
+            opening.format(action=known.actions[action], subject=known.objects[subject]),
+            gold_key="/".join([known.name, known.objects[subject], known.actions[action]][: 3 if safety else 2]),
         )
         for opening, action, subject in product(OPENINGS, range(len(known.actions)), range(world.n_objects))
     ]
