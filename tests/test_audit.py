@@ -65,7 +65,8 @@ def test_an_audit_leaves_what_the_contract_says(
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary == json.loads((out / "summary.json").read_text())
-    assert {"mean", "null_mean", "null_sd", "share_above_null"} <= summary["kendall_tau_distance"].keys()
+    kendall = {"mean", "null_mean", "null_sd", "distinct_mean", "share_above_null", "null_share_above"}
+    assert kendall <= summary["kendall_tau_distance"].keys()
     assert (summary["prompts"], summary["completions"], summary["truncated"]) == (12, 48, 0)
     assert summary["tokens_per_second"] > 0
     assert "sampling: 48/48 completions" in done.stderr
@@ -365,12 +366,45 @@ def test_scores_of_ones_own_can_be_measured_selected_and_reported(tmp_path: Path
     summary = json.loads(done.stdout)
     assert (summary["prompts"], summary["completions"]) == (20, 100)
     assert summary["seconds"] > 0
+    assert summary["length_correlation"] is None
+    assert summary["repeated_answers"] == pytest.approx(
+        1 - len({(row["prompt_id"], row["logprob"], row["reward"]) for row in rows}) / 100
+    )
     found = tables(tmp_path / "run")
     first = [row for row in rows if row["prompt_id"] == "q3"]
     expected = kendall_tau_distance([r["reward"] for r in first], [r["logprob"] for r in first])
     assert found["prompts"][3]["kendall_tau_distance"] == expected
     assert command("select", "run", "--budget", 5, cwd=tmp_path).returncode == 0
     assert command("report", "run", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("likelihood", ["sum", "mean"])
+def test_scores_that_follow_length_or_repeat_themselves_are_warned_about(
+    tmp_path: Path, likelihood: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lengths = [[3, 9, 14, 20, 20], [103, 120, 111, 130, 130], [40, 48, 44, 52, 52]]
+    exponent = {"sum": 1, "mean": 2}[likelihood]
+    rows = [
+        {
+            "prompt_id": p,
+            "reward": [1.0, 3.0, 2.0, 5.0, 5.0],
+            "n_tokens": tokens,
+            "logprob": [-(n**exponent) for n in tokens],
+        }
+        for p, tokens in enumerate(lengths)
+    ]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "run"
+    assert cli.run(["conflicts", str(tmp_path / "scored.jsonl"), "--out", str(out), "--likelihood", likelihood]) == 0
+    said = capfd.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["length_correlation"] > 0.5
+    assert f"correlation of PACS with length: {summary['length_correlation']:+.2f}; |rho| > 0.5" in said
+    assert ("try --likelihood mean" in said) == (likelihood == "sum")
+    assert "repeated answers: 20.0%" in said
+    assert "prompts above that: " in said
+    assert ", by chance 37.5%\nsignificantly: 0.0%, by chance 0.0%" in said
+    assert f"{summary['length_correlation']:+.2f}" in (out / "report.html").read_text()
 
 
 def test_a_wrong_option_is_one_line_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ from dissonance.conflict import (
     kendall_null,
     kendall_p_value,
     kendall_tau_distance,
+    length_correlation,
     pacs,
     standardize,
     tally,
 )
 from dissonance.errors import DataError
+from dissonance.null import chance_shares, null_pmf, p_values
 
 # Multiples of 1/4 below 2**20: sums, differences and the affine maps below are exact, so that no tie appears or breaks.
 _VALUES = st.integers(-(1 << 20), 1 << 20).map(lambda i: i / 4)
@@ -162,6 +164,11 @@ def test_conflicts_holds_both_metrics_and_their_summaries(prompts):
     np.testing.assert_array_equal(found.n_completions, sizes)
     constant = [np.ptp(r) == 0 or np.ptp(ll) == 0 for r, ll in zip(rewards, logprobs, strict=True)]
     np.testing.assert_array_equal(found.degenerate, constant)
+    for i in np.flatnonzero(~found.degenerate):
+        points, copies = np.unique([rewards[i], logprobs[i]], axis=1, return_counts=True)
+        assert found.n_distinct[i] == points.shape[1]
+        assert found.tied_share[i] == pytest.approx(np.sum(copies * (copies - 1)) / (sizes[i] * (sizes[i] - 1)))
+        assert found.distinct_distance[i] == pytest.approx(brute_force_distance(*points))
 
 
 def test_many_prompts_in_several_blocks_equal_single_prompts():
@@ -289,6 +296,95 @@ def test_p_value_of_a_half_count_is_the_exact_chance_of_one_as_far():
 def test_p_value_refuses_what_is_no_distance(distance, n):
     with pytest.raises(DataError):
         kendall_p_value(distance, n)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8, 100, 101, 130])
+def test_the_chance_shares_are_the_nulls_upper_tails(n):
+    pmf = null_pmf(n)
+    distance = np.linspace(0, 1, pmf.size)
+    assert pmf.sum() == pytest.approx(1)
+    assert np.sum(pmf * (distance - 0.5) ** 2) == pytest.approx(kendall_null(n).sd ** 2, rel=1e-3)
+    shares = chance_shares(n)
+    assert shares.above == pytest.approx(np.sum(pmf[distance > 0.5]), abs=2e-3)
+    significant = (distance > 0.5) & (kendall_p_value(distance, n) < 0.05)
+    assert shares.significant == pytest.approx(np.sum(pmf[significant]), abs=2e-3)
+
+
+def test_the_chance_shares_at_eight_are_the_documented_ones():
+    assert chance_shares(8).above == pytest.approx(0.452, abs=5e-4)
+    assert chance_shares(8).significant == pytest.approx(0.016, abs=5e-4)
+    assert chance_shares(4).significant == 0
+
+
+def test_p_values_of_prompts_of_several_sizes():
+    p = p_values(np.array([0.5, 1.0, 1.0, 0.0]), np.array([8, 8, 4, 1]))
+    assert p.tolist() == [1.0, float(kendall_p_value(1.0, 8)), float(kendall_p_value(1.0, 4)), 1.0]
+
+
+def repeated_answers(seed, prompts=200, n=8, distinct=4):
+    """Draw independent scores of a few distinct answers, each given by the policy once or more."""
+    rng = np.random.default_rng(seed)
+    which = np.array(
+        [rng.permutation([*range(distinct), *rng.integers(0, distinct, n - distinct)]) for _ in range(prompts)]
+    )
+    r, ll = (np.take_along_axis(rng.normal(size=(prompts, distinct)), which, axis=1) for _ in range(2))
+    return conflicts(r.ravel(), ll.ravel(), np.arange(prompts + 1) * n)
+
+
+@pytest.mark.parametrize(("distinct", "significant"), [(4, 0.0), (6, 0.04)])
+def test_repeated_answers_of_independent_scores_are_no_agreement(distinct, significant):
+    found = repeated_answers(5, distinct=distinct)
+    summary = tally(found).summary()
+    error = summary.null_sd / sqrt(200)
+    assert summary.repeated_answers == 1 - distinct / 8
+    assert summary.kendall_tau_distance < 0.5 - 1.96 * error  # what makes it look like agreement
+    assert summary.kendall_tau_distance == pytest.approx(summary.null_mean, abs=1.96 * error)
+    assert summary.distinct_distance == pytest.approx(0.5, abs=1.96 * error)
+    assert summary.null_mean == pytest.approx(np.mean((1 - found.tied_share) / 2))
+    assert summary.null_sd == pytest.approx(kendall_null(distinct).sd)
+    assert summary.share_above_null == pytest.approx(summary.null_share_above, abs=0.1)
+    assert summary.null_share_above == pytest.approx(chance_shares(distinct).above)
+    p = p_values(found.distinct_distance, found.n_distinct)
+    assert np.mean((p < 0.05) & (found.distinct_distance < 0.5)) <= significant
+    assert summary.share_significant <= significant
+
+
+def test_repeating_every_answer_changes_no_p_value():
+    r, ll = np.random.default_rng(6).normal(size=(2, 50, 7))
+    offsets = np.arange(51)
+    once = conflicts(r.ravel(), ll.ravel(), 7 * offsets)
+    thrice = conflicts(np.repeat(r, 3), np.repeat(ll, 3), 21 * offsets)
+    np.testing.assert_array_equal(thrice.distinct_distance, once.kendall_tau_distance)
+    np.testing.assert_array_equal(thrice.n_distinct, once.n_completions)
+    np.testing.assert_allclose(thrice.kendall_tau_distance, (1 - thrice.tied_share) * once.kendall_tau_distance)
+
+
+@pytest.mark.parametrize("spread", [0, 30, 300])
+def test_the_length_correlation_does_not_depend_on_the_prompts_own_lengths(spread):
+    rng = np.random.default_rng(7)
+    lengths = rng.integers(1, 40, (400, 8)) + rng.integers(0, spread + 1, (400, 1))
+    found = conflicts(rng.normal(size=3200), -2.5 * lengths.ravel(), np.arange(401) * 8)
+    rho = length_correlation(found.pacs, lengths.ravel(), np.arange(401) * 8, found.degenerate)
+    assert rho == pytest.approx(0.69, abs=0.03)
+
+
+def test_the_length_correlation_counts_agreement_and_leaves_out_degenerate_prompts():
+    offsets = np.array([0, 4, 8, 12])
+    lengths = np.array([1, 2, 3, 4, 4, 3, 2, 1, 9, 1, 5, 7])
+    rewards = np.array([1.0, 2, 3, 4, 4, 3, 2, 1, 1, 1, 1, 1])
+    logprobs = np.array([-4.0, -3, -2, -1, -4, -3, -2, -1, -1, -2, -3, -4])
+    found = conflicts(rewards, logprobs, offsets)
+    assert not np.any(found.pacs[:4])  # not degenerate, though PACS is 0
+    expected = stats.spearmanr(found.pacs[:8], lengths[:8]).statistic
+    assert length_correlation(found.pacs, lengths, offsets, found.degenerate) == pytest.approx(expected)
+    assert expected < 0.9
+    assert length_correlation(found.pacs, np.full(12, 7), offsets, found.degenerate) is None
+    assert length_correlation(found.pacs, lengths, offsets, np.ones(3, np.bool_)) is None
+
+
+def test_mean_abs_pacs_above_one_flags_most_prompts_with_independent_scores():
+    values = pacs(*np.random.default_rng(8).normal(size=(2, 20_000, 8)))
+    assert np.mean(np.mean(np.abs(values), axis=1) > 1) == pytest.approx(0.72, abs=0.01)
 
 
 @given(ragged())

@@ -21,19 +21,20 @@ from scipy import stats
 
 from dissonance.conflict import conflicts
 from dissonance.errors import RunError
+from dissonance.null import kendall_null, null_pmf
 from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA
 from dissonance.report import render_report, write_report
-from dissonance.report.headline import headline, length_correlation
+from dissonance.report.headline import Headline, headline, percent
 from dissonance.report.page import script_json
+from dissonance.report.reading import Reading, reading
 from dissonance.report.statistics import (
     category_means,
     distance_histogram,
     extremes,
     length_bands,
-    null_pmf,
+    measure,
     rows_by_prompt,
     sample_points,
-    share_by_luck,
     top_prompts,
 )
 from dissonance.report.tables import read_completions, read_prompts, read_rows
@@ -76,7 +77,12 @@ class World:
     categories: Sequence[str | None] = ("law", "code", None)
     degenerate: frozenset[int] = frozenset()
     seed: int = 0
-    rho: Any = 0.1
+    per_token: float = 0.0
+    """What a token adds to the log-likelihood, in nats, beside noise with a standard deviation of 1."""
+
+    distinct: int | None = None
+    """Distinct answers of a prompt; all of them if None."""
+
     dropped: frozenset[str] = frozenset()
     """Columns left out of the tables."""
 
@@ -90,7 +96,10 @@ def build(run: Path, world: World) -> Path:
     prompt = np.repeat(np.arange(len(world.sizes)), world.sizes)
     reward = np.where(np.isin(prompt, list(world.degenerate)), 1.0, rng.normal(size=len(prompt)))
     n_tokens = rng.integers(1, 60, len(prompt))
-    logprob = -n_tokens * 0.5 - np.abs(rng.normal(size=len(prompt))) * 10
+    logprob = world.per_token * n_tokens - 20 + np.maximum(-20, rng.normal(size=len(prompt)))
+    if world.distinct:
+        answer = offsets[prompt] + (np.arange(len(prompt)) - offsets[prompt]) % world.distinct
+        reward, n_tokens, logprob = reward[answer], n_tokens[answer], logprob[answer]
     found = conflicts(reward, logprob, offsets)
     ids = [f"p{p}-{world.questions[p % len(world.questions)]}" for p in range(len(world.sizes))]
     prompts = pa.table(
@@ -127,7 +136,7 @@ def build(run: Path, world: World) -> Path:
         pq.write_table(table.select(kept), folder / f"{name}.parquet", row_group_size=50)
     ledger = {"command": "audit", "created": "2026-01-02T03:04:05+00:00", "settings": world.settings}
     (run / "run.json").write_text(json.dumps({**ledger, "versions": {"torch": "9.9"}, "stages": {}}))
-    (run / "summary.json").write_text(json.dumps({"length_correlation": world.rho, "seconds": 3.5}))
+    (run / "summary.json").write_text(json.dumps({"seconds": 3.5}))
     return run
 
 
@@ -283,7 +292,7 @@ def test_the_policy_names_hashes_and_allows_nothing_loose(plain: Path) -> None:
 
 def test_scores_without_texts_make_a_smaller_report(browser: Browser, tmp_path: Path) -> None:
     dropped = {"messages", "category", "text", "token_ids", "n_tokens", "finish_reason", "ref_logprob"}
-    run = build(tmp_path / "run", World(dropped=frozenset(dropped | {"reward_truncated"}), rho=None))
+    run = build(tmp_path / "run", World(dropped=frozenset(dropped | {"reward_truncated"})))
     report = opened(browser, write_report(run))
     assert drawn(report.page) == ["distance", "pacs", "points"]
     assert report.complaints == []
@@ -312,57 +321,121 @@ def test_a_run_of_degenerate_prompts_says_so(browser: Browser, tmp_path: Path) -
 
 
 def test_headline_figures_and_warnings(tmp_path: Path) -> None:
-    run = build(tmp_path / "run", World(rho={"pacs": -0.61}, degenerate=frozenset({0})))
+    run = build(tmp_path / "run", World(per_token=-1.0, degenerate=frozenset({0})))
     html = render_report(run)
     table = pq.read_table(run / "round-000" / "prompts.parquet")
     distance = table["kendall_tau_distance"].to_numpy()[1:]
     assert f"<dd>{distance.mean():.2f}</dd>" in html
     assert "unrelated: 0.50, ± 0.14 a prompt" in html
     assert "8 answers each, 320 in all" in html
-    assert "ρ = −0.61" in html
+    assert re.search(r"Conflict follows length: .* ρ = \+0\.[67]\d\.", html)
+    assert "K above chance mean</dt><dd>" in html
+    assert "unrelated: 45 %" in html
     assert "2 of 320 answers (0.6 %) ran into the token limit" in html
-    assert "1 of 320 answers (0.3 %) were longer than the reward model can read" in html
-    assert "1 of 40 prompts (2.5 %) degenerate" in html
+    assert "1 of 320 answers (0.3 %) was longer than the reward model can read" in html
+    assert "1 of 40 prompts (2.5 %) is degenerate" in html
     assert "2026-01-02 03:04:05 UTC" in html
     assert "<td>9.9</td>" in html
 
 
-@pytest.mark.parametrize(
-    ("given", "rho"),
-    [
-        (0.5, 0.5),
-        (-0.7, -0.7),
-        (None, None),
-        ({"pacs": 0.3}, 0.3),
-        ({}, None),
-        ({"pacs": None}, None),
-        ("strong", None),
-    ],
-)
-def test_length_correlation_is_read_tolerantly(given: Any, rho: float | None) -> None:
-    assert length_correlation({"length_correlation": given}) == rho
-
-
-@pytest.mark.parametrize(("rho", "warned"), [(0.5, False), (-0.5, False), (0.501, True), (-0.501, True), (None, False)])
-def test_length_warning_beyond_a_half(tmp_path: Path, rho: float | None, warned: bool) -> None:
-    run = build(tmp_path / "run", World(sizes=(8, 8)))
+def summed_up(run: Path, likelihood: str = "sum") -> Headline:
+    """Make the headline of a run alone."""
+    how = reading({"likelihood": likelihood})
     prompts, ids = read_prompts(run / "round-000" / "prompts.parquet")
-    completions = read_completions(run / "round-000" / "completions.parquet", ids)
-    every = np.ones(2, np.bool_)
-    warnings = headline(prompts, completions, every, every, rho).warnings
-    assert any("Conflict follows length" in warning for warning in warnings) == warned
+    completions = read_completions(run / "round-000" / "completions.parquet", ids, how.likelihood)
+    return headline(completions, measure(prompts, completions), np.zeros(len(ids), np.bool_), how)
+
+
+@pytest.mark.parametrize(
+    ("per_token", "likelihood", "warned", "advised"),
+    [(-1.0, "sum", True, True), (0.0, "sum", False, False), (0.0, "mean", True, False)],
+)
+def test_length_warning_and_its_advice_follow_the_reading(
+    tmp_path: Path, per_token: float, likelihood: str, warned: bool, advised: bool
+) -> None:
+    # Where tokens cost nothing, dividing by their number is what brings length in.
+    warnings = " ".join(summed_up(build(tmp_path / "run", World(per_token=per_token)), likelihood).warnings)
+    assert ("Conflict follows length" in warnings) == warned
+    assert ("compare with the mean" in warnings) == advised
+
+
+def test_the_length_warning_needs_no_summary_and_no_order(tmp_path: Path) -> None:
+    run = build(tmp_path / "run", World(per_token=-1.0, sizes=(5, 8, 3) * 9))
+    warnings = summed_up(run).warnings
+    path = run / "round-000" / "completions.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.take(np.random.default_rng(1).permutation(len(table))), path)
+    assert summed_up(run).warnings == warnings
+    pq.write_table(table.drop_columns(["n_tokens"]), path)
+    assert "length" not in " ".join(summed_up(run).warnings)
 
 
 @pytest.mark.parametrize(("sign", "finding"), [(1, "the two agree"), (-1, "the two pull apart")])
 def test_the_finding_follows_the_mean_distance(tmp_path: Path, sign: int, finding: str) -> None:
     run = build(tmp_path / "run", World(sizes=(6,) * 30))
-    path = run / "round-000" / "prompts.parquet"
+    path = run / "round-000" / "completions.parquet"
     table = pq.read_table(path)
-    distance = 0.5 - sign * 0.1 + np.zeros(len(table))
-    pq.write_table(table.set_column(4, "kendall_tau_distance", pa.array(distance)), path)
+    logprob = table["logprob"].to_numpy()
+    reward = sign * logprob + np.random.default_rng(2).normal(size=len(table))
+    pq.write_table(table.set_column(table.column_names.index("reward"), "reward", pa.array(reward)), path)
     html = render_report(run)
     assert f"On the whole {finding}" in html
-    assert "in 60 % of the pairs" in html
+    assert re.search(r"in [67]\d % of the pairs \(unrelated: 50 %\)", html)
+
+
+def test_repeated_answers_of_unrelated_scores_are_no_agreement(tmp_path: Path) -> None:
+    run = build(tmp_path / "run", World(sizes=(8,) * 200, distinct=4))
+    html = render_report(run)
+    assert "On the whole the two cannot be told from unrelated" in html
+    assert "50 % of the answers repeat another of their prompt" in html
+    assert "unrelated: 0.43, ± 0.25 a prompt" in html
+    assert "repeat another" not in render_report(build(tmp_path / "all", World(sizes=(8,) * 3)))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "shown"),
+    [
+        ("sum", "log-likelihood −48.0 "),
+        ("mean", "log-likelihood per token −4.000 "),
+        ("relative", "log-likelihood relative to ref −40.00 "),
+    ],
+)
+def test_the_log_likelihood_shown_is_the_one_that_was_measured(tmp_path: Path, likelihood: str, shown: str) -> None:
+    settings = {"likelihood": likelihood, "policy": {"model": "a/pol", "reference": "./models/ref/"}}
+    run = build(tmp_path / "run", World(sizes=(2,), settings=settings))
+    path = run / "round-000" / "completions.parquet"
+    columns = {"logprob": [-48.0, -30.0], "ref_logprob": [-8.0, -7.0], "n_tokens": [12, 12]}
+    table = pq.read_table(path)
+    for name, values in columns.items():
+        at = table.column_names.index(name)
+        table = table.set_column(at, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+    pq.write_table(table, path)
+    html = render_report(run)
+    assert shown in html
+    assert f'"title":"{reading(settings).label} (z-score within the prompt)"' in html
+    assert ("A summed log-likelihood falls" in html) == (likelihood == "sum")
+
+
+def test_a_reading_that_the_settings_do_not_name_is_the_sum() -> None:
+    assert reading({}) == Reading("sum", "log-likelihood", 1)
+
+
+@pytest.mark.parametrize(
+    ("share", "written"),
+    [
+        (None, "–"),
+        (0, "0 %"),
+        (0.0001, "< 0.1 %"),
+        (0.016, "1.6 %"),
+        (0.4521, "45 %"),
+        (0.9949, "99 %"),
+        (0.996, "99.6 %"),
+        (0.9996, "> 99.9 %"),
+        (1, "100 %"),
+    ],
+)
+def test_shares_round_to_nothing_or_all_only_where_they_are(share: float | None, written: str) -> None:
+    assert percent(share) == written
 
 
 def test_too_few_answers_to_tell_from_chance(tmp_path: Path) -> None:
@@ -446,13 +519,6 @@ def test_null_counts_the_inversions_of_all_permutations(n: int) -> None:
     np.testing.assert_allclose(null_pmf(n), expected, atol=1e-12)
 
 
-def test_share_by_luck_is_the_upper_tail() -> None:
-    # Of 120 orders of five one has 10 inversions, p = 2/120, and four have 9, p = 2 * 5/120 > 0.05.
-    assert share_by_luck(np.array([5])) == pytest.approx(1 / 120)
-    assert share_by_luck(np.array([3, 5])) == pytest.approx(0.5 / 120)
-    assert share_by_luck(np.array([2, 3, 4])) == 0
-
-
 @pytest.mark.parametrize("sizes", [(8,), (4, 9, 30), (60,)])
 def test_distance_histogram_keeps_all_mass_and_its_null_matches_permutations(sizes: tuple[int, ...]) -> None:
     rng = np.random.default_rng(3)
@@ -481,29 +547,40 @@ def test_a_tie_counts_half_in_either_bin() -> None:
 
 def test_category_means_agree_with_scipy(tmp_path: Path) -> None:
     run = build(tmp_path / "run", World(sizes=(5,) * 31, degenerate=frozenset({3})))
-    prompts, _ = read_prompts(run / "round-000" / "prompts.parquet")
-    means = category_means(prompts, ~prompts.degenerate, 10)
+    prompts, ids = read_prompts(run / "round-000" / "prompts.parquet")
+    completions = read_completions(run / "round-000" / "completions.parquet", ids, "sum")
+    found = measure(prompts, completions).conflicts
+    means = category_means(prompts, found, 10)
     assert {mean.name for mean in means} == {"law", "code"}
     assert means[0].mean >= means[1].mean
     law = next(mean for mean in means if mean.name == "law")
     values = prompts.distance[[p for p in range(0, 31, 3) if p != 3]]
-    interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (law.prompts, law.mean) == (10, pytest.approx(values.mean()))
-    assert (law.low, law.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
-    assert [m.name for m in category_means(prompts, ~prompts.degenerate, 1)] in (["law"], ["code"])
+    assert law.half_width == pytest.approx(1.96 * max(stats.sem(values), kendall_null(5).sd / math.sqrt(10)))
+    assert law.interval == (pytest.approx(law.mean - law.half_width), pytest.approx(law.mean + law.half_width))
+    assert [m.name for m in category_means(prompts, found, 1)] in (["law"], ["code"])
 
 
-def test_a_single_prompt_has_no_interval(tmp_path: Path) -> None:
-    run = build(tmp_path / "run", World(sizes=(5,), categories=("law",)))
-    prompts, _ = read_prompts(run / "round-000" / "prompts.parquet")
-    (law,) = category_means(prompts, ~prompts.degenerate, 10)
-    assert (law.low, law.high) == (None, None)
+@pytest.mark.parametrize(
+    ("prompts", "distance", "interval", "side"),
+    [(3, 0.6, False, 0), (5, 0.6, True, 0), (200, 0.6, True, 1), (200, 0.4, True, -1), (1, 1.0, False, 1)],
+)
+def test_prompts_that_share_one_value_are_not_certain(
+    tmp_path: Path, prompts: int, distance: float, interval: bool, side: int
+) -> None:
+    run = build(tmp_path / "run", World(sizes=(6,) * prompts, categories=("law",)))
+    table, ids = read_prompts(run / "round-000" / "prompts.parquet")
+    completions = read_completions(run / "round-000" / "completions.parquet", ids, "sum")
+    found = measure(table, completions).conflicts
+    (law,) = category_means(table, replace(found, distinct_distance=np.full(prompts, distance)), 10)
+    assert law.half_width == pytest.approx(1.96 * kendall_null(6).sd / math.sqrt(prompts))
+    assert (law.interval is not None, law.side) == (interval, side)
 
 
 def test_chosen_rows(tmp_path: Path) -> None:
     run = build(tmp_path / "run", World(sizes=(6,) * 50))
     prompts, ids = read_prompts(run / "round-000" / "prompts.parquet")
-    completions = read_completions(run / "round-000" / "completions.parquet", ids)
+    completions = read_completions(run / "round-000" / "completions.parquet", ids, "sum")
     rows = np.arange(300)
     high, low = extremes(completions, rows, 5)
     assert completions.pacs[high[0]] == completions.pacs.max()
@@ -524,7 +601,7 @@ def test_chosen_rows(tmp_path: Path) -> None:
 def test_no_extremes_without_conflict(tmp_path: Path) -> None:
     run = build(tmp_path / "run", World(sizes=(6,)))
     _, ids = read_prompts(run / "round-000" / "prompts.parquet")
-    completions = read_completions(run / "round-000" / "completions.parquet", ids)
+    completions = read_completions(run / "round-000" / "completions.parquet", ids, "sum")
     assert extremes(replace(completions, pacs=np.zeros(6)), np.arange(6), 5) == ([], [])
     assert extremes(completions, np.arange(0), 5) == ([], [])
 

@@ -232,8 +232,8 @@ def _conflict_lines(summary: Mapping[str, Any], likelihood: Likelihood) -> list[
     lines += [
         f"Kendall-tau distance: {kendall['mean']:.3f}",
         f"independent scores would give: {kendall['null_mean']:.3f}, with sd {kendall['null_sd']:.3f} between prompts",
-        f"prompts above that: {kendall['share_above_null']:.1%} (by chance {kendall['null_share_above']:.1%}); "
-        f"significantly: {kendall['share_significant']:.1%} (by chance {kendall['null_share_significant']:.1%})",
+        f"prompts above that: {kendall['share_above_null']:.1%}, by chance {kendall['null_share_above']:.1%}",
+        f"significantly: {kendall['share_significant']:.1%}, by chance {kendall['null_share_significant']:.1%}",
         f"mean |PACS|: {summary['mean_abs_pacs']:.3f}",
     ]
     if summary["repeated_answers"] > 0.01:

@@ -7,30 +7,54 @@ For a prompt with N completions, r holds their rewards (higher is better) and l 
 
 The metrics and their names are from Liu, Khajavi, Jiang and Liu, "Targeting Misalignment" (arXiv 2512.09212).
 Ties in K count as in Fagin, Kumar, Mahdian, Sivakumar and Vee, "Comparing Partial Rankings" (SIAM J. Discrete Math.
-20(3), 2006), with penalty 1/2. The distribution of K for independent rankings is Kendall's (Rank Correlation Methods,
-chapters 4 and 5).
+20(3), 2006), with penalty 1/2. Pairs tied in both scores, as those of identical completions are, count 0: they lower K,
+and what K is held against (`null.py`), by half their share.
 
 All arithmetic is float64. Prompts of one N are handled together, in blocks: beyond input and output, it takes a few MB.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache, reduce
-from math import sqrt
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
 
 from dissonance.errors import DataError
+from dissonance.null import (
+    SIGNIFICANCE,
+    FloatArray,
+    IntArray,
+    KendallNull,
+    chance_shares,
+    kendall_null,
+    kendall_p_value,
+    p_values,
+)
+from dissonance.summary import ConflictSummary, ConflictTally
 
-FloatArray = npt.NDArray[np.float64]
+__all__ = [
+    "BoolArray",
+    "ConflictSummary",
+    "ConflictTally",
+    "Conflicts",
+    "FloatArray",
+    "KendallNull",
+    "conflicts",
+    "kendall_null",
+    "kendall_p_value",
+    "kendall_tau_distance",
+    "length_correlation",
+    "pacs",
+    "standardize",
+    "tally",
+]
+
 BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 _DEGENERATE_RANGE = 1e-10
-_EXACT_LIMIT = 100
+_RANK_DECIMALS = 9  # ranks of z-scores: rounding must not break ties
 _BLOCK_VALUES = 1 << 15  # a block of float64 and its comparisons stay in a core's cache
 
 
@@ -56,80 +80,14 @@ class Conflicts:
     n_completions: IntArray
     """(P,) N of each prompt."""
 
+    n_distinct: IntArray
+    """(P,) completions of the prompt that differ in reward or log-likelihood, at least 1."""
 
-@dataclass(frozen=True, slots=True)
-class KendallNull:
-    """The Kendall-tau distance of two independent rankings without ties."""
+    tied_share: FloatArray
+    """(P,) share of the pairs that are tied in both; independent scores give K = (1 - tied_share) / 2 on average."""
 
-    mean: float
-    sd: float
-
-
-@dataclass(frozen=True, slots=True)
-class ConflictSummary:
-    """Many prompts in a few numbers; the averages and shares are over the prompts that are not degenerate.
-
-    They are None where every prompt is degenerate.
-    """
-
-    prompts: int
-    completions: int
-    degenerate: int
-
-    kendall_tau_distance: float | None
-    """Mean K."""
-
-    null_mean: float | None
-    """Mean over prompts of the null's mean: 1/2 whatever N is."""
-
-    null_sd: float | None
-    """Root of the mean over prompts of the null's variance: the spread of single prompts, not of the mean K."""
-
-    share_above_null: float | None
-    """Share of prompts with K above the null's mean."""
-
-    share_significant: float | None
-    """Share of prompts with K above the null's mean and two-sided p < 0.05."""
-
-    mean_abs_pacs: float | None
-    """Mean over prompts of mean|PACS|."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConflictTally:
-    """Counts and sums from which a summary is made; tallies of parts add up to the tally of the whole."""
-
-    prompts: int = 0
-    completions: int = 0
-    degenerate: int = 0
-    above_null: int = 0
-    significant: int = 0
-    kendall_tau_distance: float = 0.0
-    null_variance: float = 0.0
-    mean_abs_pacs: float = 0.0
-
-    def __add__(self, other: "ConflictTally") -> "ConflictTally":
-        return ConflictTally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def summary(self) -> ConflictSummary:
-        """Turn sums into averages and shares."""
-        proper = self.prompts - self.degenerate
-
-        def mean(total: float) -> float | None:
-            return total / proper if proper else None
-
-        variance = mean(self.null_variance)
-        return ConflictSummary(
-            prompts=self.prompts,
-            completions=self.completions,
-            degenerate=self.degenerate,
-            kendall_tau_distance=mean(self.kendall_tau_distance),
-            null_mean=None if variance is None else 0.5,
-            null_sd=None if variance is None else sqrt(variance),
-            share_above_null=mean(self.above_null),
-            share_significant=mean(self.significant),
-            mean_abs_pacs=mean(self.mean_abs_pacs),
-        )
+    distinct_distance: FloatArray
+    """(P,) K with identical completions counted as one: what `null.py` is the distribution of."""
 
 
 def standardize(values: npt.ArrayLike) -> tuple[FloatArray, BoolArray]:
@@ -228,118 +186,121 @@ def conflicts(
     bounds = np.asarray(offsets, np.int64)
     _check(r, ll, bounds, prompt_ids)
     prompts = bounds.size - 1
-    flat_pacs = np.empty(r.size)
-    distance, mean_abs, max_abs = np.empty(prompts), np.empty(prompts), np.empty(prompts)
-    degenerate = np.empty(prompts, np.bool_)
+    found = Conflicts(
+        pacs=np.empty(r.size),
+        kendall_tau_distance=np.empty(prompts),
+        mean_abs_pacs=np.empty(prompts),
+        max_abs_pacs=np.empty(prompts),
+        degenerate=np.empty(prompts, np.bool_),
+        n_completions=np.diff(bounds),
+        n_distinct=np.empty(prompts, np.int64),
+        tied_share=np.empty(prompts),
+        distinct_distance=np.empty(prompts),
+    )
     for rows, index in _blocks(bounds):
-        block_pacs, distance[rows], degenerate[rows] = _measure(r[index], ll[index])
-        flat_pacs[index] = block_pacs
-        size = np.abs(block_pacs)
-        mean_abs[rows], max_abs[rows] = _mean(size), size.max(axis=0)
-    return Conflicts(flat_pacs, distance, mean_abs, max_abs, degenerate, np.diff(bounds))
+        _measure(found, rows, index, r[index], ll[index])
+    return found
 
 
 def tally(found: Conflicts) -> ConflictTally:
     """Count and sum what `ConflictTally.summary` needs."""
     proper = ~found.degenerate
-    distance, sizes = found.kendall_tau_distance[proper], found.n_completions[proper]
-    variance, significant = 0.0, 0
-    for n in np.unique(sizes).tolist():
-        of_size = distance[sizes == n]
-        variance += of_size.size * kendall_null(n).sd ** 2
-        significant += int(np.sum((of_size > 0.5) & (kendall_p_value(of_size, n) < 0.05)))
+    distance, n = found.distinct_distance[proper], found.n_distinct[proper]
+    sizes, counts = np.unique(n, return_counts=True)
+    by_size = list(zip(sizes.tolist(), counts.tolist(), strict=True))
+    above = distance > 0.5
     return ConflictTally(
         prompts=proper.size,
         completions=found.pacs.size,
         degenerate=proper.size - distance.size,
-        above_null=int(np.sum(distance > 0.5)),
-        significant=significant,
-        kendall_tau_distance=float(distance.sum()),
-        null_variance=variance,
+        repeated=found.pacs.size - int(found.n_distinct.sum()),
+        above=int(above.sum()),
+        significant=int(np.sum(above & (p_values(distance, n) < SIGNIFICANCE))),
+        kendall_tau_distance=float(found.kendall_tau_distance[proper].sum()),
+        tied_share=float(found.tied_share[proper].sum()),
+        distinct_distance=float(distance.sum()),
+        null_variance=sum(count * kendall_null(size).sd ** 2 for size, count in by_size),
+        null_above=sum(count * chance_shares(size).above for size, count in by_size),
+        null_significant=sum(count * chance_shares(size).significant for size, count in by_size),
         mean_abs_pacs=float(found.mean_abs_pacs[proper].sum()),
     )
 
 
-def kendall_null(n: int) -> KendallNull:
-    """Mean and standard deviation of K for two independent rankings of n without ties (Kendall's variance of tau)."""
-    _check_ranking(n)
-    return KendallNull(mean=0.5, sd=sqrt(2 * (2 * n + 5) / (9 * n * (n - 1))) / 2)
+def length_correlation(
+    pacs: FloatArray, n_tokens: npt.ArrayLike, offsets: npt.ArrayLike, degenerate: BoolArray
+) -> float | None:
+    """Spearman's rho of signed PACS with length, the length standardized within the prompt.
 
-
-def kendall_p_value(distance: npt.ArrayLike, n: int) -> FloatArray:
-    """Two-sided p of a Kendall-tau distance if the two rankings of n were independent.
-
-    The probability of a K at least as far from 1/2. Exact up to n = 100, from the number of permutations with a given
-    number of inversions (the Mahonian numbers); the normal approximation beyond.
-
-    The null has no ties, so with ties p is approximate. Pairs tied on one side pull K towards 1/2 and pairs tied on
-    both lower it: as evidence of conflict (K > 1/2), p then errs on the cautious side; a low K may owe its small p
-    to shared ties alone.
+    PACS is relative to the prompt, so length must be: pooled with raw lengths, the prompts' own lengths would hide how
+    PACS follows length within each. A sum log-likelihood falls with length, and pushes rho up.
 
     Args:
-        distance: any shape, in [0, 1].
-        n: how many completions were ranked, at least 2.
+        pacs: (R,).
+        n_tokens: (R,), of the completions.
+        offsets: (P + 1,), as in `conflicts`.
+        degenerate: (P,), prompts to leave out: they have no PACS.
 
-    Raises:
-        DataError: n < 2, or a distance outside [0, 1].
+    Returns:
+        rho in [-1, 1]; None with fewer than 3 completions, or where PACS or the lengths do not vary.
     """
-    _check_ranking(n)
-    k = np.asarray(distance, np.float64)
-    if not np.all((k >= 0) & (k <= 1)):
-        raise DataError("a Kendall-tau distance lies in [0, 1]: one of those given does not")
-    if n > _EXACT_LIMIT:
-        null = kendall_null(n)
-        return np.asarray(2 * ndtr(-np.abs(k - null.mean) / null.sd))
-    pairs = n * (n - 1) // 2
-    doubled = np.rint(2 * pairs * k).astype(np.int64)  # ties count half: whole numbers again
-    nearer = np.minimum(doubled, 2 * pairs - doubled) // 2
-    p: FloatArray = np.minimum(1.0, 2 * _inversion_cdf(n)[nearer])
-    return p
+    from scipy.stats import spearmanr  # it takes long to import, and the metrics do without
+
+    bounds, lengths = np.asarray(offsets, np.int64), np.array(n_tokens, np.float64)
+    for _, index in _blocks(bounds):
+        lengths[index] = _standardize_first_axis(lengths[index])[0]
+    proper = np.repeat(~degenerate, np.diff(bounds))
+    x, y = np.round(pacs[proper], _RANK_DECIMALS), np.round(lengths[proper], _RANK_DECIMALS)
+    if x.size < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(spearmanr(x, y).statistic)
 
 
-@lru_cache(maxsize=_EXACT_LIMIT)
-def _inversion_cdf(n: int) -> FloatArray:
-    """P(at most k inversions) in a random permutation of n, for k = 0 .. n(n-1)/2.
-
-    The j-th element adds 0 .. j-1 inversions with equal chance, independently of the others; every term is positive,
-    so that the tails keep their relative precision.
-    """
-    density = np.ones(1)
-    for j in range(2, n + 1):
-        density = np.convolve(density, np.full(j, 1 / j))
-    cdf = np.cumsum(density)
-    cdf.setflags(write=False)
-    return cdf
-
-
-def _check_ranking(n: int) -> None:
-    if n < 2:
-        raise DataError(f"a ranking of {n} has no pairs: at least 2 completions are needed")
-
-
-def _measure(r: FloatArray, ll: FloatArray) -> tuple[FloatArray, FloatArray, BoolArray]:
-    """PACS (N, B), K (B,) and degenerate (B,) of a block (N, B): prompts along the last axis, where NumPy is fast."""
+def _measure(found: Conflicts, rows: IntArray, index: IntArray, r: FloatArray, ll: FloatArray) -> None:
+    """Fill in a block of B prompts, r and ll (N, B): prompts along the last axis, where NumPy is fast."""
     z_r, constant_r = _standardize_first_axis(r)
     z_l, constant_l = _standardize_first_axis(ll)
     degenerate = constant_r | constant_l
-    distance = _kendall(np.where(constant_r, 0.0, r), np.where(constant_l, 0.0, ll))
-    return np.where(degenerate, 0.0, z_r - z_l), distance, degenerate
+    block_pacs = np.where(degenerate, 0.0, z_r - z_l)
+    size = np.abs(block_pacs)
+    found.pacs[index] = block_pacs
+    found.mean_abs_pacs[rows], found.max_abs_pacs[rows], found.degenerate[rows] = _mean(size), size.max(0), degenerate
+    _measure_order(found, rows, np.where(constant_r, 0.0, r), np.where(constant_l, 0.0, ll))
 
 
-def _kendall(r: FloatArray, ll: FloatArray) -> FloatArray:
-    """K (B,) of a block (N, B), over the pairs (i, i + lag) of each lag in turn.
+def _measure_order(found: Conflicts, rows: IntArray, r: FloatArray, ll: FloatArray) -> None:
+    n = len(r)
+    doubled, tied, repeats = _count_pairs(r, ll)
+    distinct = n - repeats.sum(axis=0)
+    found.kendall_tau_distance[rows] = doubled / (n * (n - 1))
+    found.tied_share[rows] = 2 * tied / (n * (n - 1))
+    found.n_distinct[rows] = distinct
+    some = np.flatnonzero(tied)
+    if some.size:
+        # Comparisons with NaN are false: pairs with a repeated completion count nothing.
+        left_out = repeats[:, some]
+        doubled[some] = _count_pairs(np.where(left_out, np.nan, r[:, some]), np.where(left_out, np.nan, ll[:, some]))[0]
+    found.distinct_distance[rows] = doubled / np.maximum(distinct * (distinct - 1), 1)
 
-    With "greater" and "less" as bits, the number of bits in which r and l differ is 2 for a pair in opposite order,
-    1 for one tied on one side only, 0 otherwise: twice what the pair counts.
+
+def _count_pairs(r: FloatArray, ll: FloatArray) -> tuple[IntArray, IntArray, BoolArray]:
+    """Twice what the pairs count in K (B,), pairs tied in both (B,), and whether a completion repeats another (N, B).
+
+    Of a block (N, B), over the pairs (i, i + lag) of each lag in turn. With "greater" and "less" as bits, the number of
+    bits in which r and l differ is 2 for a pair in opposite order, 1 for one tied on one side only, 0 otherwise.
     """
     n, width = r.shape
-    doubled = np.zeros(width, np.int64)
+    doubled, tied = np.zeros(width, np.int64), np.zeros(width, np.int64)
+    repeats = np.zeros(r.shape, np.bool_)
     for lag in range(1, n):
-        greater = (r[lag:] > r[:-lag]) ^ (ll[lag:] > ll[:-lag])
-        less = (r[lag:] < r[:-lag]) ^ (ll[lag:] < ll[:-lag])
-        doubled += np.add.reduce(greater.view(np.uint8) + less.view(np.uint8), axis=0, dtype=np.int32)
-    distance: FloatArray = doubled / (n * (n - 1))
-    return distance
+        r_greater, r_less = r[lag:] > r[:-lag], r[lag:] < r[:-lag]
+        l_greater, l_less = ll[lag:] > ll[:-lag], ll[lag:] < ll[:-lag]
+        bits = (r_greater ^ l_greater).view(np.uint8) + (r_less ^ l_less).view(np.uint8)
+        doubled += np.add.reduce(bits, axis=0, dtype=np.int32)
+        same = ~(r_greater | r_less | l_greater | l_less)
+        if same.any():
+            tied += same.sum(axis=0)
+            repeats[lag:] |= same
+    return doubled, tied, repeats
 
 
 def _blocks(offsets: IntArray) -> Iterator[tuple[IntArray, IntArray]]:

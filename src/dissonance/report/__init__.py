@@ -1,7 +1,8 @@
 """A run folder -> one HTML file that needs nothing else: no network, no other file, nothing executed but its own code.
 
 tables.py      Parquet -> numbers; text only for the rows that are shown
-statistics.py  numbers -> histograms, the null, intervals, bands, chosen rows
+statistics.py  numbers -> conflicts, histograms, intervals, bands, chosen rows
+reading.py     what the log-likelihood is called
 examples.py    the prompts and answers spelled out
 headline.py    what it means, in words
 charts.py      Vega-Lite specifications

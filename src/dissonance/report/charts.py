@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import altair as alt
 
+from dissonance.report.reading import Reading
 from dissonance.report.statistics import CategoryMean, DistanceHistogram, LengthBand
 from dissonance.report.tables import Floats, Integers
 
@@ -98,7 +99,7 @@ def pacs_chart(edges: Floats, counts: Integers) -> dict[str, Any]:
     return _spec(alt.layer(bar, _rule("zero")), 240, bars=bars, zero=[{"x": 0}])
 
 
-def points_chart(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def points_chart(points: Sequence[dict[str, Any]], reading: Reading) -> dict[str, Any]:
     """z(reward) against z(log-likelihood), a point per answer; hover to read."""
     reach = max([1.0, *(abs(point[axis]) for point in points for axis in ("x", "y"))]) * 1.08
     scale = alt.Scale(domain=[-reach, reach], nice=False)
@@ -107,7 +108,7 @@ def points_chart(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
         alt.Chart(alt.NamedData("points"))
         .mark_circle(size=42, opacity=0.75, aria=False)
         .encode(
-            x=alt.X("x:Q", title="log-likelihood (z-score within the prompt)", scale=scale, axis=axis),
+            x=alt.X("x:Q", title=f"{reading.label} (z-score within the prompt)", scale=scale, axis=axis),
             y=alt.Y("y:Q", title="reward (z-score within the prompt)", scale=scale, axis=axis),
             color=_pacs_colour("pacs:Q", legend=alt.Legend(title="PACS", type="symbol", symbolOpacity=1)),
             tooltip=[
@@ -115,7 +116,7 @@ def points_chart(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 alt.Tooltip("answer:N", title="Answer"),
                 alt.Tooltip("pacs:Q", title="PACS", format="+.2f"),
                 alt.Tooltip("reward:Q", title="Reward", format=".3f"),
-                alt.Tooltip("logprob:Q", title="Log-likelihood", format=".1f"),
+                alt.Tooltip("loglikelihood:Q", title=reading.label, format=f".{reading.decimals}f"),
                 alt.Tooltip("distance:Q", title="K of the prompt", format=".2f"),
             ],
         )
@@ -148,8 +149,8 @@ def _corner(data: str, align: Literal["left", "right"], baseline: Literal["top",
 def category_chart(means: Sequence[CategoryMean]) -> dict[str, Any]:
     """Mean K by category with its 95 % interval."""
     rows = [
-        {"name": c.name, "prompts": c.prompts, "mean": c.mean, "low": c.low, "high": c.high, "place": place}
-        | {"side": _side(c)}
+        {"name": c.name, "prompts": c.prompts, "mean": c.mean, "side": c.side, "place": place}
+        | dict(zip(("low", "high"), c.interval or (None, None), strict=True))
         for place, c in enumerate(means)
     ]
     y = alt.Y("name:N", title=None, sort=alt.SortField("place"), axis=alt.Axis(labelLimit=170, ticks=False))
@@ -177,7 +178,7 @@ def category_chart(means: Sequence[CategoryMean]) -> dict[str, Any]:
 
 
 def length_chart(bands: Sequence[LengthBand]) -> dict[str, Any]:
-    """Quantiles of PACS by answer length."""
+    """Quantiles of PACS by answer length relative to the prompt's mean."""
     names = ("q10", "q25", "q50", "q75", "q90")
     rows = [
         {"from": b.shortest - 0.5, "to": b.longest + 0.5, "shortest": b.shortest, "longest": b.longest}
@@ -185,10 +186,12 @@ def length_chart(bands: Sequence[LengthBand]) -> dict[str, Any]:
         | dict(zip(names, b.quantiles, strict=True))
         for b in bands
     ]
-    x = alt.X("from:Q", title="answer length (tokens)", scale=alt.Scale(zero=False, nice=False))
+    x = alt.X(
+        "from:Q", title="answer length (tokens, relative to the prompt’s mean)", scale=alt.Scale(zero=False, nice=False)
+    )
     tooltip = [
-        alt.Tooltip("shortest:Q", title="tokens from"),
-        alt.Tooltip("longest:Q", title="to"),
+        alt.Tooltip("shortest:Q", title="tokens from", format="+"),
+        alt.Tooltip("longest:Q", title="to", format="+"),
         alt.Tooltip("answers:Q", title="answers", format=","),
         *(alt.Tooltip(f"{n}:Q", title=f"{n[1:]} % below", format="+.2f") for n in names),
     ]
@@ -202,13 +205,6 @@ def length_chart(bands: Sequence[LengthBand]) -> dict[str, Any]:
     median = base.mark_rule(stroke=ORANGE, strokeWidth=3).encode(x=x, x2="to:Q", y="q50:Q", tooltip=tooltip)
     zero = alt.Chart(alt.NamedData("zero")).mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None)
     return _spec(alt.layer(outer, inner, zero.encode(y="y:Q"), median), 260, bands=rows, zero=[{"y": 0}])
-
-
-def _side(category: CategoryMean) -> int:
-    """1 or -1 where the whole interval lies above or below the null's mean, else 0."""
-    if category.low is None or category.high is None:
-        return 0
-    return int(category.low > 0.5) - int(category.high < 0.5)
 
 
 def _legend(field: str, domain: Sequence[str], colours: Sequence[str]) -> alt.Color:

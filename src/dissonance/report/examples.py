@@ -31,8 +31,8 @@ class Answer:
     """Clipped; None when the scores came without text."""
 
     reward: float
-    logprob: float
-    """Nats, the sum over the completion's tokens."""
+    loglikelihood: float
+    """In the run's reading."""
 
     n_tokens: int | None
     pacs: float
@@ -40,7 +40,7 @@ class Answer:
     """1: the highest reward of the prompt."""
 
     likelihood_rank: int
-    """1: the highest log-likelihood of the prompt, in the run's variant."""
+    """1: the highest log-likelihood of the prompt, in the run's reading."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _answers(completions: Completions, rows: Integers, bodies: Mapping[int, Mapp
             completion_id=bodies[row]["completion_id"],
             text=None if bodies[row].get("text") is None else clip(bodies[row]["text"], _ANSWER_CHARACTERS),
             reward=float(completions.reward[row]),
-            logprob=float(completions.logprob[row]),
+            loglikelihood=float(completions.loglikelihood[row]),
             n_tokens=None if completions.n_tokens is None else int(completions.n_tokens[row]),
             pacs=float(completions.pacs[row]),
             reward_rank=int(reward_rank[place]),
@@ -132,7 +132,7 @@ def _answers(completions: Completions, rows: Integers, bodies: Mapping[int, Mapp
 
 
 def _z_scores(completions: Completions, rows: Integers) -> tuple[Floats, Floats]:
-    """z(r) and z(l) of one prompt's completions; z(l) as z(r) - PACS, which holds for every variant of likelihood."""
+    """z(r) and z(l) of one prompt's completions; z(l) as z(r) - PACS, whatever the reading."""
     z_reward, _ = standardize(completions.reward[rows])
     return z_reward, z_reward - completions.pacs[rows]
 
@@ -170,7 +170,7 @@ def read_points(folder: Path, prompts: Prompts, completions: Completions, rows: 
                 "y": round(float(z[row][0]), 4),
                 "pacs": round(float(completions.pacs[row]), 4),
                 "reward": round(float(completions.reward[row]), 4),
-                "logprob": round(float(completions.logprob[row]), 3),
+                "loglikelihood": round(float(completions.loglikelihood[row]), 4),
                 "distance": round(float(prompts.distance[of[row]]), 4),
                 "prompt": clip(question, _TOOLTIP_PROMPT),
                 "answer": clip(bodies.get(row, {}).get("text") or "", _TOOLTIP_ANSWER),

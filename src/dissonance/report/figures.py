@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from dissonance.conflict import Conflicts
 from dissonance.report import charts
 from dissonance.report.examples import clip, read_points
 from dissonance.report.headline import LENGTH_WARNING, percent, plural, signed
+from dissonance.report.reading import Reading
 from dissonance.report.statistics import (
     CategoryMean,
+    Measured,
     category_means,
     distance_histogram,
     length_bands,
@@ -52,32 +55,33 @@ class Sides:
     """Not degenerate."""
 
     conflicting: Booleans
-    """K significantly above the null."""
+    """K over distinct answers significantly above 1/2."""
 
     agreeing: Booleans
-    """K significantly below the null."""
+    """Significantly below."""
 
 
 def figures(
-    folder: Path, prompts: Prompts, completions: Completions, sides: Sides, rho: float | None
+    folder: Path, prompts: Prompts, completions: Completions, measured: Measured, sides: Sides, reading: Reading
 ) -> Iterator[Figure]:
     """Draw the pictures that the columns allow, in the order of the page; none when every prompt is degenerate."""
     rows = np.flatnonzero(sides.proper[completions.prompt])
     if not len(rows):
         return
-    yield _distance(prompts, sides)
+    yield _distance(measured.conflicts, sides)
     yield _pacs(completions.pacs[rows])
-    yield _points(folder, prompts, completions, rows)
-    means = category_means(prompts, sides.proper, _CATEGORIES)
+    yield _points(folder, prompts, completions, rows, reading)
+    means = category_means(prompts, measured.conflicts, _CATEGORIES)
     if means:
         yield _categories(means, len(prompts.category_names))
-    if completions.n_tokens is not None:
-        yield _lengths(completions.n_tokens[rows], completions.pacs[rows], rho)
+    if measured.relative_length is not None:
+        lengths, rho = measured.relative_length[rows], measured.length_correlation
+        yield _lengths(lengths, completions.pacs[rows], rho, reading)
 
 
-def _distance(prompts: Prompts, sides: Sides) -> Figure:
+def _distance(found: Conflicts, sides: Sides) -> Figure:
     p = sides.proper
-    n, distance = prompts.n_completions[p], prompts.distance[p]
+    n, distance = found.n_distinct[p], found.distinct_distance[p]
     histogram = distance_histogram(n, distance, sides.conflicting[p], sides.agreeing[p])
     mean = float(distance.mean())
     conflicting, agreeing = percent(sides.conflicting[p].mean()), percent(sides.agreeing[p].mean())
@@ -85,9 +89,9 @@ def _distance(prompts: Prompts, sides: Sides) -> Figure:
         name="distance",
         title="How far the two orders differ",
         caption="Each prompt’s Kendall-tau distance K: the share of its answer pairs that reward model and policy order"
-        " oppositely. 0 is the same order, 1 the reverse. The outline is the exact distribution for unrelated"
-        " scores without ties. Orange: prompts with a K so large that unrelated scores would rarely give it (two-sided"
-        " p < 0.05); blue: so small.",
+        " oppositely. 0 is the same order, 1 the reverse; answers that are identical in both count as one. The outline"
+        " is the exact distribution for unrelated scores without other ties. Orange: prompts with a K so large that"
+        " unrelated scores would rarely give it (two-sided p < 0.05); blue: so small.",
         description=f"Histogram of K over {len(n):,} {plural('prompt', len(n))}, mean {mean:.2f}. {conflicting} lie"
         f" significantly above 0.5, {agreeing} significantly below.",
         spec=charts.distance_chart(histogram, mean),
@@ -109,7 +113,7 @@ def _pacs(pacs: Floats) -> Figure:
     )
 
 
-def _points(folder: Path, prompts: Prompts, completions: Completions, rows: Integers) -> Figure:
+def _points(folder: Path, prompts: Prompts, completions: Completions, rows: Integers, reading: Reading) -> Figure:
     chosen = sample_points(completions, rows, _POINTS, np.random.default_rng(_POINTS_SEED))
     rule = (
         f"All {len(rows):,} answers are drawn."
@@ -124,7 +128,7 @@ def _points(folder: Path, prompts: Prompts, completions: Completions, rows: Inte
         f" the dashed line both agree; the further from it, the larger |PACS|. {rule}",
         description=f"Scatter plot of reward against log-likelihood for {len(chosen):,} answers. The lists of answers"
         " and prompts on this page hold the texts of its extremes.",
-        spec=charts.points_chart(read_points(folder, prompts, completions, chosen)),
+        spec=charts.points_chart(read_points(folder, prompts, completions, chosen), reading),
     )
 
 
@@ -133,29 +137,40 @@ def _categories(means: list[CategoryMean], categories: int) -> Figure:
     return Figure(
         name="categories",
         title="Conflict by category",
-        caption="Mean K of the prompts of each category, with the 95 % interval of the mean (Student’s t; none for a"
-        f" single prompt). The dashed line, ½, is what unrelated scores give; orange and blue where the whole interval"
-        f" lies above or below it.{left_out}",
+        caption="Mean K of the prompts of each category (identical answers count as one), from five prompts on with the"
+        " 95 % interval of the mean. The dashed line, ½, is what unrelated scores give; orange and blue lie further"
+        " from it than 1.96 standard errors, the category’s own or those of unrelated scores, whichever are larger."
+        f" Of many categories, chance alone colours up to one in twenty.{left_out}",
         description="Mean K by category: "
-        + "; ".join(f"{clip(c.name, _NAME_CHARACTERS)} {c.mean:.2f} ({c.prompts:,} prompts)" for c in means)
+        + "; ".join(
+            f"{clip(c.name, _NAME_CHARACTERS)} {c.mean:.2f} ({c.prompts:,} {plural('prompt', c.prompts)})"
+            for c in means
+        )
         + ".",
         spec=charts.category_chart(means),
     )
 
 
-def _lengths(n_tokens: Integers, pacs: Floats, rho: float | None) -> Figure:
+def _lengths(relative_length: Integers, pacs: Floats, rho: float | None, reading: Reading) -> Figure:
     correlation = (
         ""
         if rho is None
         else f" Spearman’s ρ of PACS with length is {signed(rho)}"
         + (": conflict follows length here." if abs(rho) > LENGTH_WARNING else ".")
     )
+    drift = (
+        " A summed log-likelihood falls with every token, so that long answers drift upwards by themselves."
+        if reading.likelihood == "sum"
+        else ""
+    )
+    shortest, longest = (f"{value:+,}".replace("-", "−") for value in (relative_length.min(), relative_length.max()))
     return Figure(
         name="lengths",
         title="Conflict and length",
-        caption="PACS by answer length, in bands of about equally many answers: the median in orange, the middle half"
-        " in strong grey, the middle four fifths in faint grey. A summed log-likelihood falls with every token, so that"
-        f" long answers drift upwards by themselves.{correlation}",
-        description=f"Quantiles of PACS for answers of {n_tokens.min():,} to {n_tokens.max():,} tokens.{correlation}",
-        spec=charts.length_chart(length_bands(n_tokens, pacs)),
+        caption="PACS by answer length relative to the mean of the prompt, in bands of about equally many answers: the"
+        " median in orange, the middle half in strong grey, the middle four fifths in faint grey."
+        f"{drift}{correlation}",
+        description=f"Quantiles of PACS for answers of {shortest} to {longest} tokens relative to the mean of their"
+        f" prompt.{correlation}",
+        spec=charts.length_chart(length_bands(relative_length, pacs)),
     )

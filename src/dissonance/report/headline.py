@@ -1,16 +1,18 @@
 """The run in plain words: what the figures mean, and what to be careful about."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
-from dissonance.conflict import Conflicts, ConflictSummary, tally
-from dissonance.report.statistics import share_by_luck
-from dissonance.report.tables import Booleans, Completions, Prompts
+from dissonance.conflict import ConflictSummary, tally
+from dissonance.report.reading import Reading
+from dissonance.report.statistics import Measured
+from dissonance.report.tables import Booleans, Completions
 
 LENGTH_WARNING = 0.5
 """|rho| beyond which conflict may be length in disguise."""
+
+_REPEATS_WARNING = 0.01
+"""Share of repeated answers from which they are worth a line."""
 
 _ALL_DEGENERATE = (
     "Every prompt is degenerate: all its answers got the same reward or the same log-likelihood, so there is no order"
@@ -29,39 +31,24 @@ class Headline:
     warnings: tuple[str, ...]
 
 
-def headline(
-    prompts: Prompts, completions: Completions, proper: Booleans, agreeing: Booleans, rho: float | None
-) -> Headline:
-    """Sum up; of the (P,) prompts, `proper` are not degenerate, `agreeing` have a significantly small K."""
-    summary = tally(_conflicts(prompts, completions)).summary()
-    luck = share_by_luck(prompts.n_completions[proper]) if proper.any() else 0.0
+def headline(completions: Completions, measured: Measured, agreeing: Booleans, reading: Reading) -> Headline:
+    """Sum up; `agreeing` (P,) marks the prompts that are not degenerate and have a significantly small K."""
+    found = measured.conflicts
+    summary = tally(found).summary()
+    sizes = int(found.n_completions.min()), int(found.n_completions.max())
+    proper = summary.prompts - summary.degenerate
     return Headline(
-        figures=_figures(summary, prompts, luck),
-        findings=_findings(summary, float(agreeing[proper].mean()) if proper.any() else 0.0, luck),
-        warnings=_warnings(summary, completions, rho),
+        figures=_figures(summary, *sizes),
+        findings=_findings(summary, int(agreeing.sum()) / max(1, proper)),
+        warnings=(
+            *_length_warning(measured.length_correlation, reading),
+            *_repeats_warning(summary),
+            *_warnings(summary, completions),
+        ),
     )
 
 
-def length_correlation(summary: Mapping[str, Any]) -> float | None:
-    """Spearman's rho of PACS with length from `summary.json`, where it is a number, {"pacs": number} or absent."""
-    value = summary.get("length_correlation")
-    value = value.get("pacs") if isinstance(value, Mapping) else value
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _conflicts(prompts: Prompts, completions: Completions) -> Conflicts:
-    return Conflicts(
-        pacs=completions.pacs,
-        kendall_tau_distance=prompts.distance,
-        mean_abs_pacs=prompts.mean_abs_pacs,
-        max_abs_pacs=prompts.max_abs_pacs,
-        degenerate=prompts.degenerate,
-        n_completions=prompts.n_completions,
-    )
-
-
-def _figures(summary: ConflictSummary, prompts: Prompts, luck: float) -> tuple[tuple[str, str, str], ...]:
-    smallest, largest = int(prompts.n_completions.min()), int(prompts.n_completions.max())
+def _figures(summary: ConflictSummary, smallest: int, largest: int) -> tuple[tuple[str, str, str], ...]:
     each = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
     size = (
         f"{summary.prompts:,}",
@@ -75,33 +62,41 @@ def _figures(summary: ConflictSummary, prompts: Prompts, luck: float) -> tuple[t
         (
             f"{summary.kendall_tau_distance:.2f}",
             "mean distance K",
-            f"unrelated: 0.50, ± {summary.null_sd:.2f} a prompt",
+            f"unrelated: {summary.null_mean:.2f}, ± {summary.null_sd:.2f} a prompt",
         ),
-        (percent(summary.share_significant), "conflict beyond chance", f"unrelated: {percent(luck)}"),
-        (percent(summary.share_above_null), "K above ½", "unrelated: just under half"),
+        (
+            percent(summary.share_significant),
+            "conflict beyond chance",
+            f"unrelated: {percent(summary.null_share_significant)}",
+        ),
+        (
+            percent(summary.share_above_null),
+            "K above chance mean",
+            f"unrelated: {percent(summary.null_share_above)}",
+        ),
         (f"{summary.mean_abs_pacs:.2f}", "mean |PACS|", "0: same standing, at most 2"),
     )
 
 
-def _findings(summary: ConflictSummary, agreeing: float, luck: float) -> tuple[str, ...]:
-    if summary.kendall_tau_distance is None or summary.null_sd is None:
+def _findings(summary: ConflictSummary, agreeing: float) -> tuple[str, ...]:
+    if summary.distinct_distance is None or summary.null_sd is None:
         return (_ALL_DEGENERATE,)
-    findings = [_overall(summary.kendall_tau_distance, summary.null_sd, summary.prompts - summary.degenerate)]
-    if luck == 0:
-        findings.append("With so few answers per prompt no single prompt can be told from chance: draw more.")
-    else:
-        findings.append(
-            f"On {percent(summary.share_significant)} of the prompts they order the answers oppositely more often than"
-            f" chance explains (two-sided p < 0.05; unrelated scores would do so on {percent(luck)}), on"
-            f" {percent(agreeing)} they agree more often than chance explains."
-        )
-    return tuple(findings)
+    overall = _overall(summary.distinct_distance, summary.null_sd, summary.prompts - summary.degenerate)
+    if summary.null_share_significant == 0:
+        return overall, "With so few different answers per prompt no single prompt can be told from chance: draw more."
+    single = (
+        f"On {percent(summary.share_significant)} of the prompts they order the answers oppositely more often than"
+        " chance explains (two-sided p < 0.05; unrelated scores would do so on"
+        f" {percent(summary.null_share_significant)}), on {percent(agreeing)} they agree more often than chance"
+        " explains."
+    )
+    return overall, single
 
 
 def _overall(mean: float, null_sd: float, prompts: int) -> str:
-    """Hold the mean K against its null: mean 1/2, standard error null_sd / sqrt(prompts)."""
+    """Hold the mean K over distinct answers against its null: mean 1/2, standard error null_sd / sqrt(prompts)."""
     z = (mean - 0.5) / (null_sd / sqrt(prompts))
-    pair = "of two answers to the same prompt, the one that the policy finds likelier has the"
+    pair = "of two different answers to the same prompt, the one that the policy finds likelier has the"
     if z < -1.96:
         return (
             f"On the whole the two agree: {pair} higher reward in {percent(1 - mean)} of the pairs (unrelated: 50 %)."
@@ -113,13 +108,31 @@ def _overall(mean: float, null_sd: float, prompts: int) -> str:
     return f"On the whole the two cannot be told from unrelated: {pair} lower reward in {percent(mean)} of the pairs."
 
 
-def _warnings(summary: ConflictSummary, completions: Completions, rho: float | None) -> tuple[str, ...]:
+def _length_warning(rho: float | None, reading: Reading) -> tuple[str, ...]:
+    if rho is None or abs(rho) <= LENGTH_WARNING:
+        return ()
+    advice = "; compare with the mean or the relative log-likelihood" if reading.likelihood == "sum" else ""
+    warning = (
+        f"Conflict follows length: within the prompts, PACS and the number of tokens correlate at ρ = {signed(rho)}."
+        f" Much of what stands here may be length rather than quality{advice}."
+    )
+    return (warning,)
+
+
+def _repeats_warning(summary: ConflictSummary) -> tuple[str, ...]:
+    if summary.repeated_answers <= _REPEATS_WARNING or summary.null_mean is None:
+        return ()
+    warning = (
+        f"{percent(summary.repeated_answers)} of the answers repeat another of their prompt, with the same reward and"
+        " log-likelihood. Identical answers have no order, which lowers K: unrelated scores would give"
+        f" {summary.null_mean:.2f} on average. Single prompts are judged by their different answers"
+        f" (mean K {summary.distinct_distance:.2f}, unrelated: 0.50)."
+    )
+    return (warning,)
+
+
+def _warnings(summary: ConflictSummary, completions: Completions) -> tuple[str, ...]:
     warnings = []
-    if rho is not None and abs(rho) > LENGTH_WARNING:
-        warnings.append(
-            f"Conflict follows length: PACS and the number of tokens correlate at ρ = {signed(rho)}. Much of what"
-            " stands here may be length rather than quality; compare with the mean or the relative log-likelihood."
-        )
     if completions.cut_answers:
         warnings.append(
             f"{_of(completions.cut_answers, summary.completions, 'answer')} ran into the token limit: their"
@@ -127,13 +140,14 @@ def _warnings(summary: ConflictSummary, completions: Completions, rho: float | N
         )
     if completions.cut_rewards:
         warnings.append(
-            f"{_of(completions.cut_rewards, summary.completions, 'answer')} were longer than the reward model can read:"
-            " their reward is that of the part it read."
+            f"{_of(completions.cut_rewards, summary.completions, 'answer')}"
+            f" {'was' if completions.cut_rewards == 1 else 'were'} longer than the reward model can read:"
+            " the reward is that of the part it read."
         )
     if summary.degenerate:
         warnings.append(
-            f"{_of(summary.degenerate, summary.prompts, 'prompt')} degenerate (all rewards or all log-likelihoods"
-            " equal): left out of every figure and list below."
+            f"{_of(summary.degenerate, summary.prompts, 'prompt')} {'is' if summary.degenerate == 1 else 'are'}"
+            " degenerate (all rewards or all log-likelihoods equal): left out of every figure and list below."
         )
     return tuple(warnings)
 
@@ -148,10 +162,14 @@ def plural(word: str, count: int) -> str:
 
 
 def percent(share: float | None) -> str:
-    """Write a share in [0, 1] as people do."""
+    """Write a share in [0, 1] as people do; 0 % and 100 % are only what is exactly so."""
     if share is None:
         return "–"
-    return f"{100 * share:.0f} %" if share >= 0.0995 or share == 0 else f"{100 * share:.1f} %"
+    if 0 < share < 0.0005:
+        return "< 0.1 %"
+    if 0.9995 <= share < 1:
+        return "> 99.9 %"
+    return f"{100 * share:.0f} %" if share in {0, 1} or 0.0995 <= share < 0.995 else f"{100 * share:.1f} %"
 
 
 def signed(value: float) -> str:

@@ -20,10 +20,12 @@ import vl_convert
 
 from dissonance.artifacts import read_json
 from dissonance.errors import RunError
+from dissonance.null import SIGNIFICANCE, p_values
 from dissonance.report.examples import Case, Extreme, clip, extreme, read_cases
 from dissonance.report.figures import Sides, figures
-from dissonance.report.headline import headline, length_correlation, number, plural, signed
-from dissonance.report.statistics import SIGNIFICANCE, extremes, p_values, rows_by_prompt, top_prompts
+from dissonance.report.headline import headline, number, plural, signed
+from dissonance.report.reading import base_name, reading
+from dissonance.report.statistics import extremes, measure, rows_by_prompt, top_prompts
 from dissonance.report.tables import Booleans, Completions, Floats, Prompts, read_completions, read_prompts
 
 _EXTREMES = 10
@@ -38,21 +40,25 @@ def render_report(run: Path) -> str:
         RunError: the folder is no run, or the run is not finished.
     """
     ledger, summary = _read_object(run, "run.json"), _read_object(run, "summary.json")
+    settings = ledger.get("settings")
+    how = reading(settings if isinstance(settings, Mapping) else {})
     folder = run / "round-000"
     prompts, prompt_ids = read_prompts(folder / "prompts.parquet")
-    completions = read_completions(folder / "completions.parquet", prompt_ids)
-    p = p_values(prompts)
-    proper = ~prompts.degenerate
+    completions = read_completions(folder / "completions.parquet", prompt_ids, how.likelihood)
+    measured = measure(prompts, completions)
+    found = measured.conflicts
+    p = p_values(found.distinct_distance, found.n_distinct)
+    proper = ~found.degenerate
     significant = proper & (p < SIGNIFICANCE)
-    sides = Sides(proper, significant & (prompts.distance > 0.5), significant & (prompts.distance < 0.5))
-    rho = length_correlation(summary)
+    sides = Sides(proper, significant & (found.distinct_distance > 0.5), significant & (found.distinct_distance < 0.5))
     likes, dislikes, top = _examples(folder, prompts, completions, p, proper)
     return _page(
         title=_title(ledger),
         created=str(ledger.get("created", "")).replace("T", " ").replace("+00:00", " UTC"),
         command=str(ledger.get("command", "audit")),
-        headline=headline(prompts, completions, proper, sides.agreeing, rho),
-        figures={figure.name: figure for figure in figures(folder, prompts, completions, sides, rho)},
+        headline=headline(completions, measured, sides.agreeing, how),
+        figures={figure.name: figure for figure in figures(folder, prompts, completions, measured, sides, how)},
+        reading=how,
         likes=likes,
         dislikes=dislikes,
         top=top,
@@ -95,11 +101,7 @@ def _title(ledger: Mapping[str, Any]) -> tuple[str, str] | None:
         str(value.get("model", "")) if isinstance(value, Mapping) else str(value or "")
         for value in (settings.get("reward_model"), settings.get("policy"))
     ]
-    return (_base(names[0]), _base(names[1])) if all(names) else None
-
-
-def _base(source: str) -> str:
-    return clip(source.rstrip("/").rsplit("/", 1)[-1], _VALUE_CHARACTERS)
+    return (base_name(names[0]), base_name(names[1])) if all(names) else None
 
 
 def _sections(ledger: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:

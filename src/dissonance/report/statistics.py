@@ -1,53 +1,47 @@
-"""What the pictures show, as a few numbers each: histograms, the exact null, intervals, bands, chosen rows."""
+"""What the pictures show, as a few numbers each: conflicts, histograms, intervals, bands, chosen rows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as student_t
 
-from dissonance.conflict import kendall_p_value
+from dissonance.conflict import Conflicts, conflicts, length_correlation
+from dissonance.null import kendall_null, null_pmf
 from dissonance.report.tables import Booleans, Completions, Floats, Integers, Prompts
 
-SIGNIFICANCE = 0.05
 _MOST_LATTICE_BINS = 45
 _BINS = 25
 _PACS_BINS_PER_UNIT = 5
 _MOST_BANDS, _ANSWERS_PER_BAND = 12, 20
+_LEAST_FOR_INTERVAL = 5
 
 
-def p_values(prompts: Prompts) -> Floats:
-    """Two-sided p of each prompt's K against independent scores; (P,), 1 for a prompt without pairs."""
-    p = np.ones(len(prompts.distance))
-    for n in np.unique(prompts.n_completions[prompts.n_completions > 1]).tolist():
-        rows = prompts.n_completions == n
-        p[rows] = kendall_p_value(prompts.distance[rows], n)
-    return p
+@dataclass(frozen=True)
+class Measured:
+    """The conflicts behind the tables, with what the tables leave out: identical answers."""
+
+    conflicts: Conflicts
+    """Prompts in the order of `Prompts`; the completions of each together."""
+
+    length_correlation: float | None
+    """Spearman's rho of PACS with length, as `conflict.length_correlation` defines it."""
+
+    relative_length: Integers | None
+    """(C,) n_tokens less the mean of the prompt, rounded; in the order of `Completions`. None without n_tokens."""
 
 
-def null_pmf(n: int) -> Floats:
-    """Distribution of the number of discordant pairs when reward and log-likelihood are independent, without ties.
-
-    Element d is the probability of d of the n(n-1)/2 pairs. Read off the two-sided p values, which below the middle
-    are twice the cumulative distribution; the upper half is the mirror image.
-    """
-    pairs = n * (n - 1) // 2
-    below = (pairs + 1) // 2
-    cdf = kendall_p_value(np.arange(below) / pairs, n) / 2
-    lower = np.diff(cdf, prepend=0.0)
-    middle = [] if pairs % 2 else [1 - 2 * cdf[-1]]
-    return np.concatenate([lower, middle, lower[::-1]])
-
-
-def share_by_luck(n: Integers) -> float:
-    """Work out which share of prompts of sizes n (P,) independent scores would show as significantly conflicting."""
-    sizes, counts = np.unique(n, return_counts=True)
-    shares = []
-    for size in sizes.tolist():
-        pmf = null_pmf(size)
-        distance = np.linspace(0, 1, len(pmf))
-        shares.append(float(pmf[(distance > 0.5) & (kendall_p_value(distance, size) < SIGNIFICANCE)].sum()))
-    return float(np.average(shares, weights=counts))
+def measure(prompts: Prompts, completions: Completions) -> Measured:
+    """Measure the P prompts and their C completions anew, from the scores."""
+    order = np.argsort(completions.prompt, kind="stable")
+    sizes = np.bincount(completions.prompt, minlength=len(prompts.distance))
+    offsets = np.append(0, np.cumsum(sizes))
+    found = conflicts(completions.reward[order], completions.loglikelihood[order], offsets)
+    n_tokens = completions.n_tokens
+    if n_tokens is None:
+        return Measured(found, None, None)
+    mean = np.bincount(completions.prompt, n_tokens, len(sizes)) / sizes
+    relative = np.rint(n_tokens - mean[completions.prompt]).astype(np.int64)
+    return Measured(found, length_correlation(found.pacs, n_tokens[order], offsets, found.degenerate), relative)
 
 
 @dataclass(frozen=True)
@@ -112,40 +106,51 @@ def pacs_histogram(pacs: Floats) -> tuple[Floats, Integers]:
 
 @dataclass(frozen=True)
 class CategoryMean:
-    """The mean Kendall-tau distance of one category."""
+    """The mean Kendall-tau distance of one category, over the distinct answers of its prompts."""
 
     name: str
     prompts: int
     mean: float
-    low: float | None
-    """Lower end of the 95 % interval (Student's t); None with a single prompt."""
+    half_width: float
+    """1.96 standard errors of the mean: the category's own, or that of unrelated scores where it is larger.
 
-    high: float | None
+    K takes few values: a few prompts that happen to share one would seem to have no error at all.
+    """
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean; None below 5 prompts, too few to know their spread."""
+        if self.prompts < _LEAST_FOR_INTERVAL:
+            return None
+        return max(0.0, self.mean - self.half_width), min(1.0, self.mean + self.half_width)
+
+    @property
+    def side(self) -> int:
+        """1 or -1 where the mean lies more than `half_width` above or below 1/2, else 0."""
+        return int(self.mean - 0.5 > self.half_width) - int(0.5 - self.mean > self.half_width)
 
 
-def category_means(prompts: Prompts, rows: Booleans, limit: int) -> list[CategoryMean]:
-    """Mean K over the (P,) chosen rows of the `limit` largest categories, most conflicting first."""
+def category_means(prompts: Prompts, found: Conflicts, limit: int) -> list[CategoryMean]:
+    """Mean K over the prompts that are not degenerate of the `limit` largest categories, most conflicting first."""
     if prompts.category is None:
         return []
-    chosen = rows & (prompts.category >= 0)
-    code, distance = prompts.category[chosen], prompts.distance[chosen]
+    chosen = ~found.degenerate & (prompts.category >= 0)
+    code, distance, n = prompts.category[chosen], found.distinct_distance[chosen], found.n_distinct[chosen]
+    variance = np.zeros(int(n.max(initial=0)) + 1)
+    for size in np.unique(n).tolist():
+        variance[size] = kendall_null(size).sd ** 2
     size = np.bincount(code, minlength=len(prompts.category_names))
     mean = np.bincount(code, distance, len(size)) / np.maximum(size, 1)
-    square = np.bincount(code, (distance - mean[code]) ** 2, len(size))
+    own = np.bincount(code, (distance - mean[code]) ** 2, len(size)) / np.maximum(size - 1, 1)
+    null = np.bincount(code, variance[n], len(size)) / np.maximum(size, 1)
+    half_width = 1.96 * np.sqrt(np.maximum(own, null) / np.maximum(size, 1))
     largest = np.argsort(-size, kind="stable")[:limit]
     means = [
-        _category_mean(prompts.category_names[c], int(size[c]), float(mean[c]), float(square[c]))
+        CategoryMean(prompts.category_names[c], int(size[c]), float(mean[c]), float(half_width[c]))
         for c in largest.tolist()
         if size[c]
     ]
     return sorted(means, key=lambda category: (-category.mean, category.name))
-
-
-def _category_mean(name: str, n: int, mean: float, square: float) -> CategoryMean:
-    if n == 1:
-        return CategoryMean(name, n, mean, None, None)
-    half = float(student_t.ppf(0.975, n - 1)) * (square / (n - 1) / n) ** 0.5
-    return CategoryMean(name, n, mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ class LengthBand:
     """PACS of the completions within one range of lengths."""
 
     shortest: int
-    """Tokens."""
+    """Tokens, relative to the prompt's mean."""
 
     longest: int
     completions: int
@@ -161,15 +166,15 @@ class LengthBand:
     """PACS at 10, 25, 50, 75 and 90 %."""
 
 
-def length_bands(n_tokens: Integers, pacs: Floats) -> list[LengthBand]:
+def length_bands(relative_length: Integers, pacs: Floats) -> list[LengthBand]:
     """Cut the (C,) completions into at most 12 bands by length, of about 20 answers or more each, shortest first."""
-    count = int(np.clip(len(n_tokens) // _ANSWERS_PER_BAND, 1, _MOST_BANDS))
-    cuts = np.unique(np.quantile(n_tokens, np.linspace(0, 1, count + 1)[1:-1], method="lower"))
-    band = np.searchsorted(cuts, n_tokens)
+    count = int(np.clip(len(relative_length) // _ANSWERS_PER_BAND, 1, _MOST_BANDS))
+    cuts = np.unique(np.quantile(relative_length, np.linspace(0, 1, count + 1)[1:-1], method="lower"))
+    band = np.searchsorted(cuts, relative_length)
     bands = []
     for number in np.unique(band):
         rows = band == number
-        low, high = int(n_tokens[rows].min()), int(n_tokens[rows].max())
+        low, high = int(relative_length[rows].min()), int(relative_length[rows].max())
         q10, q25, q50, q75, q90 = np.quantile(pacs[rows], [0.1, 0.25, 0.5, 0.75, 0.9]).tolist()
         bands.append(LengthBand(low, high, int(rows.sum()), (q10, q25, q50, q75, q90)))
     return bands

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dissonance.errors import RunError
+from dissonance.likelihood import Likelihood, loglikelihood
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -24,20 +25,18 @@ _PROMPT_COLUMNS = (
     "n_completions",
     "kendall_tau_distance",
     "mean_abs_pacs",
-    "max_abs_pacs",
     "degenerate",
 )
 _COMPLETION_COLUMNS = (
-    "prompt_id",
-    "completion_id",
     "reward",
     "logprob",
+    "ref_logprob",
     "pacs",
     "n_tokens",
     "finish_reason",
     "reward_truncated",
 )
-_OPTIONAL = frozenset({"category", "n_tokens", "finish_reason", "reward_truncated"})
+_OPTIONAL = frozenset({"category", "ref_logprob", "n_tokens", "finish_reason", "reward_truncated"})
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,6 @@ class Prompts:
 
     mean_abs_pacs: Floats
     """(P,) in [0, 2]."""
-
-    max_abs_pacs: Floats
-    """(P,)"""
 
     degenerate: Booleans
     """(P,) whether all rewards or all log-likelihoods of the prompt are equal."""
@@ -75,14 +71,14 @@ class Completions:
     reward: Floats
     """(C,) higher is better."""
 
-    logprob: Floats
-    """(C,) nats."""
+    loglikelihood: Floats
+    """(C,) in the run's reading: nats, or nats per token."""
 
     pacs: Floats
     """(C,) 0 where the prompt is degenerate."""
 
     n_tokens: Integers | None
-    """(C,) or None when the scores came without token counts."""
+    """(C,) or None when a score came without its token count."""
 
     cut_answers: int
     """Completions that ended at the token limit rather than of themselves."""
@@ -105,7 +101,6 @@ def read_prompts(path: Path) -> tuple[Prompts, pa.Array]:
         n_completions=_integers(table["n_completions"]),
         distance=_floats(table["kendall_tau_distance"]),
         mean_abs_pacs=_floats(table["mean_abs_pacs"]),
-        max_abs_pacs=_floats(table["max_abs_pacs"]),
         degenerate=pc.fill_null(table["degenerate"], True).to_numpy().astype(np.bool_),
         category=category,
         category_names=names,
@@ -113,34 +108,49 @@ def read_prompts(path: Path) -> tuple[Prompts, pa.Array]:
     return prompts, table["prompt_id"].combine_chunks()
 
 
-def read_completions(path: Path, prompt_ids: pa.Array) -> Completions:
+def read_completions(path: Path, prompt_ids: pa.Array, likelihood: Likelihood) -> Completions:
     """Read the numbers of `completions.parquet`; `prompt_ids` are those of the prompts, in their row order."""
-    parts: dict[str, list[NDArray[Any]]] = {"prompt": []}
+    parts: dict[str, list[NDArray[Any]]] = {}
+    arrays: dict[str, NDArray[Any]]
     cut_answers = cut_rewards = 0
     with open_table(path) as file:
-        columns = [name for name in _present(file, path, _COMPLETION_COLUMNS) if name != "completion_id"]
-        numbers = [name for name in ("reward", "logprob", "pacs", "n_tokens") if name in columns]
+        prompt = _prompt_rows(file, path, prompt_ids)
+        columns = _present(file, path, _COMPLETION_COLUMNS)
         for batch in file.iter_batches(batch_size=1 << 20, columns=columns):
-            code = pc.index_in(batch["prompt_id"], value_set=prompt_ids)
-            if code.null_count:
-                raise RunError(f"{path} has completions of prompts that prompts.parquet lacks: run the command again")
-            parts["prompt"].append(_integers(code))
-            for name in numbers:
-                convert = _integers if name == "n_tokens" else _floats
-                parts.setdefault(name, []).append(convert(batch[name]))
+            rows = pa.Table.from_batches([batch])
+            arrays = {
+                "reward": _floats(rows["reward"]),
+                "loglikelihood": loglikelihood(rows, likelihood),
+                "pacs": _floats(rows["pacs"]),
+            }
+            if "n_tokens" in columns and not rows["n_tokens"].null_count:
+                arrays["n_tokens"] = _integers(rows["n_tokens"])
+            for name, values in arrays.items():
+                parts.setdefault(name, []).append(values)
             if "finish_reason" in columns:
-                cut_answers += pc.sum(pc.equal(batch["finish_reason"], "length")).as_py() or 0
+                cut_answers += pc.sum(pc.equal(rows["finish_reason"], "length")).as_py() or 0
             if "reward_truncated" in columns:
-                cut_rewards += pc.sum(batch["reward_truncated"]).as_py() or 0
-    if not parts["prompt"]:
-        raise RunError(f"{path} has no rows: there is nothing to report")
-    arrays = {name: np.concatenate(chunks) for name, chunks in parts.items()}
+                cut_rewards += pc.sum(rows["reward_truncated"]).as_py() or 0
+    numbers = {name: np.concatenate(chunks) for name, chunks in parts.items()}
+    n_tokens = numbers.pop("n_tokens", None)
     return Completions(
-        n_tokens=arrays.pop("n_tokens", None),
+        prompt=prompt,
+        n_tokens=n_tokens if n_tokens is not None and len(n_tokens) == len(prompt) else None,
         cut_answers=cut_answers,
         cut_rewards=cut_rewards,
-        **arrays,
+        **numbers,
     )
+
+
+def _prompt_rows(file: pq.ParquetFile, path: Path, prompt_ids: pa.Array) -> Integers:
+    """(C,) row of each completion's prompt; all at once, since the ids are hashed anew at every call."""
+    _present(file, path, ("prompt_id",))
+    rows = pc.index_in(file.read(columns=["prompt_id"])["prompt_id"], value_set=prompt_ids)
+    if not len(rows):
+        raise RunError(f"{path} has no rows: there is nothing to report")
+    if rows.null_count:
+        raise RunError(f"{path} has completions of prompts that prompts.parquet lacks: run the command again")
+    return _integers(rows)
 
 
 def read_rows(path: Path, rows: Iterable[int], columns: Sequence[str]) -> dict[int, dict[str, Any]]:
