@@ -116,6 +116,8 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _inputs(config: RunConfig, loaded: LoadedPrompts) -> dict[str, str]:
+    from dissonance.huggingface import base_and_adapter
+
     models = {
         "policy.model": config.policy.model,
         "policy.adapter": config.policy.adapter,
@@ -123,6 +125,9 @@ def _inputs(config: RunConfig, loaded: LoadedPrompts) -> dict[str, str]:
         "reward_model.model": _reward_source(config.reward_model.model),
         "reward_model.adapter": config.reward_model.adapter,
     }
+    for name, section in {"policy": config.policy, "reward_model": config.reward_model}.items():
+        base, _ = base_and_adapter(section, name)
+        models[f"{name}.base"] = None if base == section.model else base
     prints = {name: source_fingerprint(source) for name, source in models.items() if source is not None}
     return {"prompts": prompts_fingerprint(loaded.prompts), **prints}
 
