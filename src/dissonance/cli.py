@@ -262,6 +262,7 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process forks
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries are not about what was asked
     try:
         result = typer.main.get_command(app).main(
             arguments or ["--help"], prog_name="dissonance", standalone_mode=False
