@@ -16,13 +16,20 @@ from scipy.stats import kendalltau
 from conftest import WORDS
 from dissonance import RunConfig, audit, cli, kendall_tau_distance, pacs, select
 from dissonance.artifacts import create_run
+from dissonance.config import PolicyConfig
 from dissonance.errors import DataError, RunError, SettingsError
-from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, QUERIES_SCHEMA
+from dissonance.prompts import load_prompts
+from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, QUERIES_SCHEMA, Prompt
+from dissonance.sampling import HFPolicy
 
-SLOW_REWARD = """
+REWARD = """
 import os, time
+calls = 0
 def reward(prompts, completions):
-    time.sleep(float(os.environ.get("REWARD_SECONDS", "0")))
+    global calls
+    calls += 1
+    if calls > int(os.environ.get("BLOCK_AFTER", "1000000")):
+        time.sleep(600)
     return [float(len(set(c.split()))) for c in completions]
 """
 
@@ -98,11 +105,13 @@ def test_an_audit_leaves_what_the_contract_says(
 def undisturbed(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder with an audit that nobody interrupted, and its arguments."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "slow.py").write_text(SLOW_REWARD)
+    (folder / "my_rewards.py").write_text(REWARD)
     (folder / "prompts.jsonl").write_text(
         "".join(json.dumps({"id": f"p{i}", "prompt": " ".join(WORDS[i : i + 2 + i % 5])}) + "\n" for i in range(12))
     )
-    arguments = audit_arguments(policy_folder, "slow:reward", folder / "prompts.jsonl", **{"tokens-per-batch": 200})
+    arguments = audit_arguments(
+        policy_folder, "my_rewards:reward", folder / "prompts.jsonl", **{"tokens-per-batch": 200}
+    )
     done = command(*arguments, "--out", "whole", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, arguments
@@ -114,7 +123,7 @@ def test_kill_9_loses_no_finished_batch_and_changes_no_number(undisturbed: tuple
     killed = folder / f"killed-{parts}"
     process = subprocess.Popen(
         [sys.executable, "-m", "dissonance", *arguments, "--out", killed.name, "--quiet"],
-        cwd=folder, env={**os.environ, "REWARD_SECONDS": "0.3"},
+        cwd=folder, env={**os.environ, "BLOCK_AFTER": str(1 + max(0, parts - len(_plan(folder))))},
     )  # fmt: skip
     stored = killed / "round-000" / "parts"
     deadline = time.monotonic() + 120
@@ -130,20 +139,15 @@ def test_kill_9_loses_no_finished_batch_and_changes_no_number(undisturbed: tuple
     assert resumed.returncode == 0, resumed.stderr
     assert tables(killed) == tables(folder / "whole")
     sampled = sum(name.startswith("completions-") for name in survived)
-    assert f"sampling: {48 - 4 * _prompts(folder, sampled)}/" in resumed.stderr
+    assert f"sampling: {48 - 4 * sum(map(len, _plan(folder)[:sampled]))}/" in resumed.stderr
     assert not list(killed.rglob("*.tmp"))
 
 
-def _prompts(folder: Path, batches: int) -> int:
-    """Prompts in the first so many batches of the plan, which is longest first."""
-    from dissonance.config import PolicyConfig
-    from dissonance.prompts import load_prompts
-    from dissonance.sampling import HFPolicy
-
+def _plan(folder: Path) -> list[list[Prompt]]:
+    """The batches of the undisturbed run."""
     ledger = json.loads((folder / "whole" / "run.json").read_text())
     policy = HFPolicy(PolicyConfig.model_validate(ledger["settings"]["policy"]))
-    prompts = load_prompts(str(ledger["settings"]["prompts"]["source"])).prompts
-    return sum(len(batch) for batch in policy.plan(prompts)[:batches])
+    return policy.plan(load_prompts(str(ledger["settings"]["prompts"]["source"])).prompts)
 
 
 def test_the_same_seed_gives_the_same_tables_and_another_does_not(
@@ -425,11 +429,11 @@ def test_a_nan_among_ones_own_scores_names_the_prompt(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_audit_says_how_to_go_on(policy_folder: Path, prompts_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(SLOW_REWARD)
-    arguments = audit_arguments(policy_folder, "slow:reward", prompts_file, out="run")
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+    arguments = audit_arguments(policy_folder, "my_rewards:reward", prompts_file, out="run")
     process = subprocess.Popen(
         [sys.executable, "-m", "dissonance", *arguments], cwd=tmp_path,
-        env={**os.environ, "REWARD_SECONDS": "5"}, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "BLOCK_AFTER": "1"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     parts = tmp_path / "run" / "round-000" / "parts"
     while not parts.exists() and process.poll() is None:
@@ -459,8 +463,8 @@ def test_an_edited_reward_function_is_another_reward_model(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     module = tmp_path / "edited_rewards.py"
-    module.write_text(SLOW_REWARD)
+    module.write_text(REWARD)
     audit(config(policy_folder, "edited_rewards:reward", prompts_file), tmp_path / "run")
-    module.write_text(SLOW_REWARD.replace("len(set(c.split()))", "-len(c)"))
+    module.write_text(REWARD.replace("len(set(c.split()))", "-len(c)"))
     with pytest.raises(RunError, match="the content of reward_model.model"):
         audit(config(policy_folder, "edited_rewards:reward", prompts_file), tmp_path / "run")

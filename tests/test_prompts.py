@@ -324,7 +324,8 @@ def test_the_fingerprint_tells_ids_texts_roles_and_order_apart():
     lists = [[], [prompt()], [prompt("b")], [prompt(role="system")], [prompt(content="y")]]
     lists += [[prompt(), prompt("b")], [prompt("b"), prompt()]]
     assert len({prompts_fingerprint(prompts) for prompts in lists}) == len(lists)
-    assert prompts_fingerprint([prompt(category="c")]) == prompts_fingerprint(iter([prompt()]))
+    assert prompts_fingerprint([prompt()]) == prompts_fingerprint(iter([prompt()]))
+    assert prompts_fingerprint([prompt(category="c")]) != prompts_fingerprint([prompt()])  # the report groups by it
 
 
 @settings(deadline=None)
