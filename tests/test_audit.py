@@ -265,7 +265,7 @@ BAD_INPUT = {
     "empty prompt": ({"prompts": "empty_prompt.jsonl"}, "empty_prompt.jsonl:2"),
     "broken line": ({"prompts": "broken.jsonl"}, "broken.jsonl:2"),
     "corrupt Parquet": ({"prompts": "corrupt.parquet"}, "corrupt.parquet"),
-    "one completion": ({"n": 1}, "policy.n"),
+    "one completion": ({"n": 1}, "--n"),
     "two outputs": ({"reward-model": "two"}, "has 2 outputs"),
     "a causal LM as reward model": ({"reward-model": "policy"}, "is a causal LM"),
     "a classifier as policy": ({"policy": "two"}, "is a classifier"),
@@ -273,8 +273,10 @@ BAD_INPUT = {
     "unknown option": ({"nonsense": 1}, "--nonsense"),
     "a word for a number": ({"n": "many"}, "'many'"),
     "no such device": ({"device": "cuda:77"}, "cuda:77"),
-    "temperature zero": ({"temperature": 0}, "policy.temperature"),
+    "temperature zero": ({"temperature": 0}, "--temperature"),
     "an encoder's template for a policy": ({"template": "pair"}, "policy"),
+    "a reward model's option": ({"reward-max-length": 1}, "--reward-max-length"),
+    "a folder that cannot be made": ({"out": "/proc/out"}, "--out /proc/out"),
     "a negative seed": ({"seed": -1}, "seed"),
     "a template without a prompt": ({"template": "Question:"}, "{prompt}"),
     "a reference without relative": ({"reference": "policy"}, "relative"),
@@ -311,7 +313,7 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(
     settings = good | options
     arguments = ["audit", *(str(x) for key, value in settings.items() for x in (f"--{key}", value))]
     monkeypatch.chdir(workplace)
-    assert cli.run([*arguments, "--out", "out", "--quiet"]) == 2
+    assert cli.run([*arguments, *([] if "out" in options else ["--out", "out"]), "--quiet"]) == 2
     said = capfd.readouterr()
     assert said.out == ""
     assert said.err.startswith("dissonance: error: ")

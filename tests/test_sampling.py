@@ -277,6 +277,10 @@ def test_a_policy_with_an_adapter_is_the_adapted_model(policy_folder: Path, tmp_
         assert {key: c.token_ids for key, c in found.items()} == {key: c.token_ids for key, c in expected.items()}
         assert all(c.logprob == pytest.approx(expected[key].logprob, abs=1e-3) for key, c in found.items())
         assert {key: c.token_ids for key, c in found.items()} != {key: c.token_ids for key, c in plain.items()}
+    described = tmp_path / "adapter" / "adapter_config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"task_type": "SEQ_CLS"}))
+    with pytest.raises(ModelError, match="is an adapter for SEQ_CLS"):
+        HFPolicy(config(policy_folder, adapter=str(tmp_path / "adapter")))
 
 
 def test_nan_logits_are_refused(make_policy: Any) -> None:

@@ -186,7 +186,10 @@ def create_run(path: Path, command: str, settings: Mapping[str, Any], inputs: Ma
         RunError: as `matching_run`, or the folder is in use.
     """
     matching_run(path, command, settings, inputs)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {path} cannot be made: {error.strerror}") from error
     with _locked(path):
         _sweep(path)
         fresh = matching_run(path, command, settings, inputs) is None

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +15,8 @@ import typer
 from typer.exceptions import TyperException
 
 from dissonance import __version__
-from dissonance.config import Dtype, RewardKind
-from dissonance.errors import DissonanceError
+from dissonance.config import Dtype, RewardKind, RunConfig
+from dissonance.errors import DissonanceError, SettingsError
 from dissonance.likelihood import Likelihood
 from dissonance.progress import ProgressFactory, console, quiet
 from dissonance.scored import ScoredLikelihood
@@ -95,7 +95,8 @@ def audit(
         "tokens_per_batch": tokens_per_batch,
         "trust_remote_code": trust_remote_code,
     }
-    config = parse_config(
+    config = _with_option_names(
+        parse_config,
         {
             "prompts": {
                 "source": prompts,
@@ -128,7 +129,7 @@ def audit(
             },
             "likelihood": likelihood,
             "seed": seed,
-        }
+        },
     )
     summary = run_audit(config, out, _progress(silent))
     _say(summary, as_json, [*_conflict_lines(summary, likelihood), f"report: {out / 'report.html'}"])
@@ -214,6 +215,19 @@ def demo(
 
 def _progress(silent: bool) -> ProgressFactory:
     return quiet if silent else console
+
+
+def _with_option_names(parse: Callable[[dict[str, Any]], RunConfig], values: dict[str, Any]) -> RunConfig:
+    """Parse settings; an error names the option, as it was typed, rather than the setting."""
+    try:
+        return parse(values)
+    except SettingsError as error:
+        section, dot, rest = str(error).partition(".")
+        prefixes = {"prompts": "--", "policy": "--", "reward_model": "--reward-"}
+        if not dot or section not in prefixes:
+            raise
+        name, _, message = rest.partition(":")
+        raise SettingsError(f"{prefixes[section]}{name.replace('_', '-')}:{message}") from error
 
 
 def _unescape(template: str) -> str:

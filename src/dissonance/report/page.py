@@ -71,7 +71,7 @@ def _read_object(run: Path, name: str) -> dict[str, Any]:
     if not run.is_dir():
         raise RunError(f"{run} is not a run folder: name the folder that --out gave")
     if not (run / name).is_file():
-        raise RunError(f"{run} has no {name}: the run is not finished, run its command again")
+        raise RunError(f"{run} has no {name}: it is no run folder, or the run is not finished: run its command again")
     return read_json(run / name)
 
 

@@ -185,8 +185,11 @@ def _load(config: PolicyConfig, device: torch.device, role: str) -> PreTrainedMo
         if info["missing_keys"]:
             raise ModelError(f"{role}: {name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
         if adapter is not None:
-            from peft import PeftModel
+            from peft import PeftConfig, PeftModel
 
+            task = PeftConfig.from_pretrained(adapter).task_type
+            if task not in (None, "CAUSAL_LM"):
+                raise ModelError(f"{role}: {adapter} is an adapter for {task}, not for a causal LM")
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return model.eval()
 
