@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from dissonance import __version__
-from dissonance.config import Dtype, RewardKind, RunConfig
+from dissonance.config import Dtype, RewardKind, RunConfig, parse_config
 from dissonance.errors import DissonanceError, SettingsError
 from dissonance.likelihood import Likelihood
 from dissonance.progress import ProgressFactory, console, quiet
@@ -86,7 +86,6 @@ def audit(
 
     Example: dissonance audit --policy ./policy --reward-model ./reward --prompts prompts.jsonl --out run
     """
-    from dissonance.config import parse_config
     from dissonance.loop import audit as run_audit
 
     common = {
@@ -95,8 +94,7 @@ def audit(
         "tokens_per_batch": tokens_per_batch,
         "trust_remote_code": trust_remote_code,
     }
-    config = _with_option_names(
-        parse_config,
+    config = _parse(
         {
             "prompts": {
                 "source": prompts,
@@ -217,10 +215,10 @@ def _progress(silent: bool) -> ProgressFactory:
     return quiet if silent else console
 
 
-def _with_option_names(parse: Callable[[dict[str, Any]], RunConfig], values: dict[str, Any]) -> RunConfig:
+def _parse(values: dict[str, Any]) -> RunConfig:
     """Parse settings; an error names the option, as it was typed, rather than the setting."""
     try:
-        return parse(values)
+        return parse_config(values)
     except SettingsError as error:
         section, dot, rest = str(error).partition(".")
         prefixes = {"prompts": "--", "policy": "--", "reward_model": "--reward-"}

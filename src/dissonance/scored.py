@@ -23,12 +23,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dissonance.artifacts import atomic_path
+from dissonance.config import RewardKind
 from dissonance.conflict import Conflicts, ConflictSummary, ConflictTally, conflicts, tally
 from dissonance.errors import DataError, SettingsError
 from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA
 from dissonance.scored_files import Batches, ScoredRows, open_scored
 
-RewardKind = Literal["reward", "cost"]
 ScoredLikelihood = Literal["sum", "mean"]
 
 _LOGPROB_TOLERANCE = 1e-6
