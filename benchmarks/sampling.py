@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dissonance.config import PolicyConfig
 from dissonance.huggingface import resolve_source
+from dissonance.prompts import load_prompts
 from dissonance.records import Completion, Message, Prompt
 from dissonance.sampling import HFPolicy
 
@@ -67,6 +68,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for both methods")
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--prompts-file", help="default: prompts of four lengths, or the built-in world's own")
     parser.add_argument("--n", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
@@ -81,7 +83,9 @@ def _prepare(arguments: argparse.Namespace, scratch: Path) -> str:
     if arguments.model is None:
         from dissonance.sandbox import World, build_sandbox
 
-        return str(build_sandbox(World(task="helpfulness")).policy)
+        sandbox = build_sandbox(World(task="helpfulness"))
+        arguments.prompts_file = arguments.prompts_file or str(sandbox.prompts)
+        return str(sandbox.policy)
     source = resolve_source(arguments.model, "model")
     if not source.kwargs:
         return source.name
@@ -91,7 +95,10 @@ def _prepare(arguments: argparse.Namespace, scratch: Path) -> str:
     return str(scratch / "model")
 
 
-def _prompts(count: int) -> list[Prompt]:
+def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    count = arguments.prompts
+    if arguments.prompts_file:
+        return list(load_prompts(arguments.prompts_file, limit=count).prompts)
     topics, prompts = TOPICS.split(), []
     for i in range(count):
         turns = (turn.format(topic=topics[i % len(topics)]) for turn in FORMS[i % len(FORMS)])
@@ -195,7 +202,7 @@ def _clock(work: Callable[[], object]) -> float:
 
 
 def _compare(arguments: argparse.Namespace, folder: str, dtype: str) -> dict[str, Any]:
-    prompts = _prompts(arguments.prompts)
+    prompts = _prompts(arguments)
     methods = {name: method(arguments, folder, dtype) for name, method in METHODS.items()}
     for method in methods.values():
         method.tokens(prompts[:2])
@@ -231,7 +238,7 @@ def _memory_in_child(arguments: argparse.Namespace, folder: str, dtype: str, met
     options = {
         "memory-of": method, "model": folder, "dtype": dtype, "device": arguments.device, "n": arguments.n,
         "prompts": arguments.prompts, "max-new-tokens": arguments.max_new_tokens,
-        "tokens-per-batch": arguments.tokens_per_batch,
+        "tokens-per-batch": arguments.tokens_per_batch, "prompts-file": arguments.prompts_file,
     }  # fmt: skip
     given = [str(x) for name, value in options.items() if value is not None for x in (f"--{name}", value)]
     done = subprocess.run([sys.executable, __file__, *given], check=True, stdout=subprocess.PIPE, text=True)
@@ -244,7 +251,7 @@ def _memory(arguments: argparse.Namespace) -> dict[str, float]:
     model = method.model if isinstance(method, Recipe) else method._policy._model  # noqa: SLF001
     with torch.inference_mode():
         model(torch.zeros(1, 2, dtype=torch.long, device=model.device))
-    prompts = _prompts(arguments.prompts)
+    prompts = _prompts(arguments)
     if arguments.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
