@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from postgres import make_postgres_url, postgres_server, postgres_url  # noqa: F401
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
 

@@ -5,7 +5,8 @@
         ├── DataError         a file or a value in it: prompts, scores, rewards
         ├── ModelError        a policy or reward model that cannot be used as asked
         ├── SettingsError     an option or a configuration value
-        └── RunError          a run folder that does not fit the command
+        ├── RunError          a run folder that does not fit the command
+        └── StoreError        a label store that cannot be used: locked, read-only, full, another run's
 
 A message says what is wrong, which value, and what to do, in one line.
 """
@@ -37,3 +38,7 @@ class SettingsError(InputError):
 
 class RunError(InputError):
     """A run folder does not fit the command: missing, incomplete, locked, or made with other settings."""
+
+
+class StoreError(InputError):
+    """A label store cannot be opened, read or written; what it acknowledged before is safe."""

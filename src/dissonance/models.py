@@ -7,7 +7,7 @@ A policy samples, a reward model scores, a reference model gives likelihoods. Th
 from collections.abc import Sequence
 from typing import Protocol
 
-from dissonance.records import Completion, Message, Prompt, Reward
+from dissonance.records import AnnotatorKind, Answer, Completion, Message, Prompt, Question, Reward
 
 
 class Policy(Protocol):
@@ -42,4 +42,27 @@ class RewardModel(Protocol):
 
     def score(self, conversations: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[Reward]:
         """One reward per pair conversations[i], completions[i]."""
+        ...
+
+
+class Annotator(Protocol):
+    """Answers questions: a judge model, a gold reward, a simulated person. People answer through the labelling page."""
+
+    @property
+    def name(self) -> str:
+        """The name its labels stand under; the same name goes on where it stopped."""
+        ...
+
+    @property
+    def kind(self) -> AnnotatorKind:
+        """What it is."""
+        ...
+
+    @property
+    def concurrency(self) -> int:
+        """How many questions it can take at once."""
+        ...
+
+    def answer(self, question: Question) -> Answer | None:
+        """What it says of one question, called from `concurrency` threads; None where it has no answer to give."""
         ...

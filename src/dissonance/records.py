@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 
@@ -11,6 +11,10 @@ from dissonance.errors import DataError
 ROLES = ("system", "user", "assistant", "tool")
 FinishReason = Literal["stop", "length"]
 QueryKind = Literal["pairwise", "rating", "ranking"]
+Choice = Literal["first", "second", "tie", "both_bad"]
+Role = Literal["annotator", "lead"]
+AnnotatorKind = Literal["person", "judge", "gold", "simulated", "import"]
+RATINGS = (1, 2, 3, 4, 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,99 @@ class Query:
     def judgements(self) -> int:
         """What the query costs: 1 for a comparison or a rating, N-1 for a ranking of N."""
         return max(1, len(self.completion_ids) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A query with what an annotator needs to see; nothing of rewards, likelihoods or models."""
+
+    query_id: str
+    prompt_id: str
+    kind: QueryKind
+    messages: tuple[Message, ...]
+    """The conversation that the completions answer."""
+    completion_ids: tuple[int, ...]
+    completions: tuple[str, ...]
+    """The texts, in the order of `completion_ids`."""
+    category: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.completions) != len(self.completion_ids):
+            raise DataError(
+                f"question {self.query_id!r} has {len(self.completions)} texts for {len(self.completion_ids)} ids"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an annotator said, in terms of the question's `completion_ids`, whatever stood left or right on a screen.
+
+    One of four forms: a `choice` between two; a `rating` with or without `safe`; `ranks`; or none of them, a skip.
+    """
+
+    choice: Choice | None = None
+    """Pairwise: which completion is better. `both_bad` prefers neither."""
+    rating: int | None = None
+    """1 (worst) to 5 (best)."""
+    safe: bool | None = None
+    """Whether the completion is safe; beside a rating, or by itself."""
+    ranks: tuple[int, ...] | None = None
+    """One per completion, 1 the best; equal ranks are ties."""
+
+    def __post_init__(self) -> None:
+        if self.choice is not None and self.choice not in get_args(Choice):
+            raise DataError(f"unknown choice {self.choice!r}: use one of {', '.join(get_args(Choice))}")
+        if self.rating is not None and (type(self.rating) is not int or self.rating not in RATINGS):
+            raise DataError(f"unknown rating {self.rating!r}: use a whole number from 1 to 5")
+        if self.safe is not None and not isinstance(self.safe, bool):
+            raise DataError(f"unknown value {self.safe!r} of safe: use true or false")
+        if self.ranks is not None and (
+            any(isinstance(r, bool) or not isinstance(r, int) for r in self.ranks) or min(self.ranks, default=0) < 1
+        ):
+            raise DataError(f"ranks {self.ranks} are not whole numbers from 1 up")
+        forms = (self.choice is not None, self.rating is not None or self.safe is not None, self.ranks is not None)
+        if sum(forms) > 1:
+            raise DataError("an answer is a choice, a rating or a ranking, not several at once")
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the annotator passed the question on."""
+        return self.choice is None and self.rating is None and self.safe is None and self.ranks is None
+
+    def fits(self, question: Question) -> None:
+        """Raise DataError unless this can be said of the question; a skip always can."""
+        given = "choice" if self.choice else "ranks" if self.ranks is not None else "rating"
+        wanted = {"pairwise": "choice", "rating": "rating", "ranking": "ranks"}[question.kind]
+        if not self.skipped and given != wanted:
+            raise DataError(f"question {question.query_id!r} is a {question.kind} question: it takes a {wanted}")
+        if self.ranks is not None and len(self.ranks) != len(question.completion_ids):
+            raise DataError(
+                f"question {question.query_id!r} ranks {len(question.completion_ids)} completions, got {self.ranks}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """An answer that the store holds. Labels are never changed: a correction is a label that supersedes another."""
+
+    label_id: int
+    query_id: str
+    annotator: str
+    """The annotator's name."""
+    annotator_kind: AnnotatorKind
+    answer: Answer
+    created_at: float
+    """Seconds since 1970, UTC."""
+    shown: tuple[int, ...] = ()
+    """The completion_ids from left to right (or top to bottom) as they were shown; empty where nothing was."""
+    seconds: float | None = None
+    """From showing the question to the answer."""
+    note: str = ""
+    flagged: bool = False
+    adjudicated: bool = False
+    """Said by a lead to settle a disagreement; it outweighs every other label of the query."""
+    supersedes: int | None = None
+    """The label_id that this corrects."""
 
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))

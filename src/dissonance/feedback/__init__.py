@@ -1,0 +1,22 @@
+"""Queries -> labels: what people and models say of the answers they are asked about, kept for good.
+
+store.py       one run's questions and answers: `Store`, which everything else goes through
+  queries.py     what is to be asked: rounds, gold questions, checks, progress
+  asking.py      who is asked what next: leases
+  answers.py     labels: recorded once, corrected in chains
+  people.py      annotators
+  rows.py        rows <-> records, answers <-> JSON
+  database.py    SQLite or PostgreSQL, opened and migrated; every failure one StoreError
+  schema.py      the tables; migrations/ makes them
+questions.py   the tables of a round -> questions
+access.py      tokens and sessions
+annotators/    models that answer
+web/           the page where people answer
+votes.py       answers as numbers
+quality.py     how far the labels can be trusted
+preference_graph.py  cycles among preferences, and rewards without them
+aggregate.py   labels -> weighted preference pairs
+overview.py    what a lead sees
+gold_questions.py    a file of questions whose answer is known
+exchange/      labels to and from other tools
+"""

@@ -1,0 +1,139 @@
+"""What is to be asked: the queries of each round, gold questions, checks of a model's answers, and how far it is."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, and_, bindparam, case, exists, func, insert, select, update
+
+from dissonance.errors import DataError
+from dissonance.feedback.answers import is_current, recount
+from dissonance.feedback.rows import answer_from_json, answer_to_json, is_text, question_from_row, question_row
+from dissonance.feedback.schema import annotators, gold_answers, labels, queries
+from dissonance.records import Answer, Question
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the asking is; retired queries and gold questions do not count."""
+
+    queries: int
+    closed: int
+    """Queries that want no more answers: as many annotators as wanted have answered, or a lead has settled them."""
+    wanted: int
+    """Answers wanted in all."""
+    answered: int
+    """Of those, answers that are there; as many as wanted once every query is closed."""
+
+
+def add_queries(
+    connection: Connection, questions: Sequence[Question], overlap: int | None, round_number: int, now: float
+) -> int:
+    """Add a round's questions; see `Store.add_questions`."""
+    if overlap is not None and overlap < 1:
+        raise DataError(f"overlap is {overlap}: ask at least 1 annotator")
+    _check_distinct([question.query_id for question in questions])
+    held = set(connection.scalars(select(queries.c.query_id)))
+    # A checked query wants one more than the others, so it does not say what was asked for.
+    usual = select(func.max(queries.c.overlap)).where(~queries.c.is_gold, ~queries.c.people_only)
+    wanted = overlap or connection.scalar(usual) or 1
+    rows = [question_row(q, position, round_number, wanted, now) for position, q in enumerate(questions)]
+    fresh = [row for row in rows if row["query_id"] not in held]
+    again = [{"held_id": row["query_id"], "place": row["position"]} for row in rows if row["query_id"] in held]
+    ordinary = and_(queries.c.round == round_number, ~queries.c.is_gold)
+    connection.execute(update(queries).where(ordinary, queries.c.retired_at.is_(None)).values(retired_at=now))
+    if again:
+        asked = update(queries).where(queries.c.query_id == bindparam("held_id"), ~queries.c.is_gold)
+        place = {"round": round_number, "position": bindparam("place"), "retired_at": None}
+        if overlap is not None:
+            place["overlap"] = overlap
+        connection.execute(asked.values(place), again)
+        connection.execute(recount(and_(ordinary, queries.c.retired_at.is_(None)), now))
+    if fresh:
+        connection.execute(insert(queries), fresh)
+    return len(fresh)
+
+
+def add_gold_questions(connection: Connection, gold: Sequence[tuple[Question, Answer, str]], now: float) -> int:
+    """Add questions whose answer is known; see `Store.add_gold`."""
+    _check_distinct([question.query_id for question, _, _ in gold])
+    held = {row.query_id: row.is_gold for row in connection.execute(select(queries.c.query_id, queries.c.is_gold))}
+    for position, (question, answer, why) in enumerate(gold):
+        if answer.skipped:
+            raise DataError(f"gold question {question.query_id!r} has no answer: give one")
+        if not is_text(why):
+            raise DataError(f"the reason of gold question {question.query_id!r} holds a character that is no text")
+        answer.fits(question)
+        row = question_row(question, position, 0, 1, now)
+        if question.query_id not in held:
+            connection.execute(insert(queries).values(row | {"is_gold": True}))
+        elif not held[question.query_id]:
+            same = update(queries).where(queries.c.query_id == question.query_id)
+            connection.execute(same.values(is_gold=True, closed_at=None, retired_at=None))
+        known = {"answer": answer_to_json(answer), "why": why}
+        if held.get(question.query_id):
+            mine = gold_answers.c.query_id == question.query_id
+            connection.execute(update(gold_answers).where(mine).values(known))
+        else:
+            connection.execute(insert(gold_answers).values(known | {"query_id": question.query_id}))
+    return sum(not held.get(question.query_id, False) for question, _, _ in gold)
+
+
+def _check_distinct(query_ids: Sequence[str]) -> None:
+    query_id, count = Counter(query_ids).most_common(1)[0] if query_ids else ("", 0)
+    if count > 1:
+        raise DataError(f"query {query_id!r} is there {count} times: give each question its own query_id")
+
+
+def reopen_for_checks(connection: Connection, annotator: str, size: int, seed: int) -> int:
+    """Ask people about a sample of what a model has answered; see `Store.check_sample`."""
+    if size < 0:
+        raise DataError(f"a sample of {size} cannot be drawn: use 0 or more")
+    annotator_id = connection.scalar(select(annotators.c.annotator_id).where(annotators.c.name == annotator))
+    if annotator_id is None:
+        raise DataError(f"there is no annotator {annotator!r} in this store")
+    said = exists().where(labels.c.query_id == queries.c.query_id, labels.c.annotator_id == annotator_id)
+    settled = exists().where(labels.c.query_id == queries.c.query_id, labels.c.adjudicated, is_current())
+    answered = connection.scalars(
+        select(queries.c.query_id)
+        .where(queries.c.closed_at.is_not(None), queries.c.retired_at.is_(None), ~queries.c.people_only)
+        .where(said.where(~labels.c.skipped, is_current()), ~settled)
+        .order_by(queries.c.round, queries.c.position, queries.c.query_id)
+    ).all()
+    sample = random.Random(seed).sample(answered, min(size, len(answered)))
+    if sample:
+        again = update(queries).where(queries.c.query_id == bindparam("held_id"))
+        one_more = {"overlap": queries.c.answers + 1, "people_only": True, "closed_at": None}
+        connection.execute(again.values(one_more), [{"held_id": query_id} for query_id in sample])
+    return len(sample)
+
+
+def all_questions(connection: Connection, *, retired: bool) -> list[Question]:
+    """Every question, in the order of asking."""
+    chosen = select(queries).order_by(queries.c.round, queries.c.position, queries.c.query_id)
+    rows = connection.execute(chosen if retired else chosen.where(queries.c.retired_at.is_(None)))
+    return [question_from_row(row) for row in rows]
+
+
+def find_question(connection: Connection, query_id: str) -> Question:
+    """One question; a DataError if there is none of this id."""
+    chosen = select(queries).where(queries.c.query_id == query_id)
+    row = connection.execute(chosen).one_or_none() if is_text(query_id) else None
+    if row is None:
+        raise DataError(f"there is no query {query_id!r} in this store")
+    return question_from_row(row)
+
+
+def known_answers(connection: Connection) -> dict[str, Answer]:
+    """The answers of the gold questions, by query_id."""
+    return {row.query_id: answer_from_json(row.answer) for row in connection.execute(select(gold_answers))}
+
+
+def count_progress(connection: Connection) -> Progress:
+    """How far the asking is."""
+    had = case((queries.c.answers > queries.c.overlap, queries.c.overlap), else_=queries.c.answers)
+    wanted = case((queries.c.closed_at.is_(None), queries.c.overlap), else_=had)
+    chosen = select(func.count(), func.count(queries.c.closed_at), func.sum(wanted), func.sum(had))
+    row = connection.execute(chosen.where(queries.c.retired_at.is_(None), ~queries.c.is_gold)).one()
+    return Progress(row[0], row[1], int(row[2] or 0), int(row[3] or 0))
