@@ -1,0 +1,145 @@
+"""What a run has asked, as files of labels speak of it; and what they say."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from dissonance.errors import DataError
+from dissonance.records import AnnotatorKind, Answer, Question
+
+MODELS: frozenset[AnnotatorKind] = frozenset({"judge", "gold", "simulated"})
+"""Annotators whose labels other tools hold as suggestions or predictions."""
+
+Turns = tuple[tuple[str, str], ...]
+"""A conversation: role and content of each turn."""
+
+
+class UnknownQuestionError(DataError):
+    """A row is about something that the run has not asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """An answer that a file holds, in terms of a question of this run."""
+
+    question: Question
+    annotator: str | None
+    """As the file names whoever answered; None where it does not."""
+    answer: Answer
+    shown: tuple[int, ...] = ()
+    """The completion_ids in the order the annotator saw; empty where nobody knows."""
+    seconds: float | None = None
+    note: str = ""
+    flagged: bool = False
+    by_model: bool = False
+    """A suggestion or prediction."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a row of a file comes to."""
+
+    said: tuple[Said, ...] = ()
+    unfinished: int = 0
+    """Answers that were begun and not submitted: they are left out."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The questions of a run, by every name that a file may use."""
+
+    questions: Sequence[Question]
+    _by_id: dict[str, Question] = field(init=False, repr=False)
+    _by_ids: dict[tuple[str, frozenset[int]], list[Question]] = field(init=False, repr=False)
+    _by_texts: dict[tuple[Turns, frozenset[str]], list[Question]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        by_ids: defaultdict[tuple[str, frozenset[int]], list[Question]] = defaultdict(list)
+        by_texts: defaultdict[tuple[Turns, frozenset[str]], list[Question]] = defaultdict(list)
+        for question in self.questions:
+            by_ids[question.prompt_id, frozenset(question.completion_ids)].append(question)
+            if question.kind == "pairwise":
+                by_texts[turns_of(question), frozenset(question.completions)].append(question)
+        object.__setattr__(self, "_by_id", {q.query_id: q for q in self.questions})
+        object.__setattr__(self, "_by_ids", dict(by_ids))
+        object.__setattr__(self, "_by_texts", dict(by_texts))
+
+    def query(self, query_id: object) -> Question:
+        """The question of this id."""
+        question = self._by_id.get(query_id) if isinstance(query_id, str) else None
+        if question is None:
+            raise UnknownQuestionError(f"this run asked no query {query_id!r}: is this another run's file?")
+        return question
+
+    def about(self, prompt_id: str, completion_ids: tuple[int, ...]) -> Question:
+        """The one question about these completions, in whatever order."""
+        found = self._by_ids.get((prompt_id, frozenset(completion_ids)), [])
+        shown = ",".join(map(str, completion_ids))
+        if not found:
+            raise UnknownQuestionError(f"this run asked nothing about completions {shown} of prompt {prompt_id!r}")
+        if len(found) > 1:
+            ids = ", ".join(q.query_id for q in found[:3])
+            raise DataError(
+                f"completions {shown} of prompt {prompt_id!r} were asked more than once ({ids}): add query_id"
+            )
+        return found[0]
+
+    def pairs(self, turns: Turns, texts: Iterable[str]) -> list[Question]:
+        """The pairwise questions that show these texts as answers to this conversation; at least one."""
+        found = self._by_texts.get((turns, frozenset(texts)), [])
+        if not found:
+            start = turns[-1][1][:40] if turns else ""
+            raise UnknownQuestionError(f"this run asked for no comparison of these two answers to {start!r}")
+        return found
+
+
+def turns_of(question: Question) -> Turns:
+    """The conversation of a question."""
+    return tuple((message.role, message.content) for message in question.messages)
+
+
+def text_of(question: Question) -> dict[int, str]:
+    """The texts of a question by completion_id."""
+    return dict(zip(question.completion_ids, question.completions, strict=True))
+
+
+def blind_order(question: Question) -> tuple[int, ...]:
+    """The completion_ids in the order to show elsewhere: as good as random, and the same in every export.
+
+    A strategy may put the likelier winner first; those who label must not learn it from the position.
+    """
+
+    def drawn(completion_id: int) -> bytes:
+        return hashlib.sha256(f"{question.query_id}\0{completion_id}".encode()).digest()
+
+    return tuple(sorted(question.completion_ids, key=drawn))
+
+
+def order_shown(question: Question, shown: object) -> tuple[int, ...]:
+    """Read the order that an export wrote, such as `3,1`."""
+    parts = shown.split(",") if isinstance(shown, str) else []
+    order = tuple(int(part) for part in parts if part.isascii() and part.isdigit())
+    if sorted(order) != sorted(question.completion_ids):
+        raise DataError(
+            f"query {question.query_id!r} shows completions {', '.join(map(str, question.completion_ids))}, "
+            f"not {shown!r}: is this another run's file?"
+        )
+    return order
+
+
+def ranks_from_order(question: Question, best_first: Sequence[int]) -> tuple[int, ...]:
+    """Ranks in the question's order, of completion_ids from the best to the worst."""
+    if sorted(best_first) != sorted(question.completion_ids):
+        raise DataError(
+            f"a ranking of query {question.query_id!r} names completions {list(best_first)}: "
+            f"it must name each of {list(question.completion_ids)} once"
+        )
+    return tuple(best_first.index(completion_id) + 1 for completion_id in question.completion_ids)
+
+
+def order_from_ranks(question: Question, ranks: Sequence[int]) -> list[int] | None:
+    """The completion_ids from the best to the worst; None where ranks are tied."""
+    if len(set(ranks)) < len(ranks):
+        return None
+    return [completion_id for _, completion_id in sorted(zip(ranks, question.completion_ids, strict=True))]

@@ -1,0 +1,181 @@
+"""Preferences in TRL's conversational format: what reward-model and preference trainers read.
+
+    prompt            [{role, content}, ..]
+    chosen, rejected  [{role: assistant, content}], one turn each
+    weight            how much the pair counts, from the aggregation
+    source            where it comes from
+    prompt_id, chosen_id, rejected_id
+    chosen_safe, rejected_safe   only where something is known of safety; null where not
+    tie               only where ties were asked for: chosen and rejected are then equally good
+
+A preference comes back as a label of the pairwise question that shows the two texts. What was aggregated stays
+aggregated: a weight is no label, and pairs out of rankings or ratings belong to no pairwise question.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dissonance.errors import DataError, SettingsError
+from dissonance.feedback.aggregate import PreferencePair
+from dissonance.feedback.exchange.asked import Asked, Parsed, Said, Turns
+from dissonance.feedback.exchange.reading import short, text
+from dissonance.records import ROLES, Answer, Question
+
+_TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_SCHEMA = pa.schema(
+    [
+        ("prompt", _TURNS),
+        ("chosen", _TURNS),
+        ("rejected", _TURNS),
+        ("weight", pa.float64()),
+        ("source", pa.string()),
+        ("prompt_id", pa.string()),
+        ("chosen_id", pa.int32()),
+        ("rejected_id", pa.int32()),
+        ("chosen_safe", pa.bool_()),
+        ("rejected_safe", pa.bool_()),
+        ("tie", pa.bool_()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Preferences:
+    """What an export of preferences came to."""
+
+    rows: int
+    ties_left_out: int
+    """Ties have no chosen side; they are written only when asked for."""
+
+
+def write_preferences(
+    path: Path, pairs: Sequence[PreferencePair], questions: Sequence[Question], *, suffix: str, ties: bool = False
+) -> Preferences:
+    """Write preferences for training.
+
+    Args:
+        path: where to write; the caller renames it when this returns.
+        pairs: what feedback was aggregated to.
+        questions: the store's, for the texts; of one round, since a prompt may come back in another with other texts.
+        suffix: `.jsonl` or `.parquet`, the name's end that the file is to have.
+        ties: also write pairs of equal worth, marked by a column `tie`. A trainer that does not know that column would
+            take the side that happens to stand first for the better, so they are left out and counted by default.
+
+    Raises:
+        SettingsError: another suffix.
+        DataError: a pair is about a completion that no question shows, or that two show with different texts.
+    """
+    if suffix not in {".jsonl", ".parquet"}:
+        raise SettingsError(f"preferences are written as .jsonl or .parquet, not {suffix!r}: change the file's name")
+    kept = [pair for pair in pairs if ties or not pair.tie]
+    table = _table(kept, questions, ties=ties)
+    if suffix == ".parquet":
+        pq.write_table(table, path, compression="zstd")
+    else:
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in table.to_pylist())
+    return Preferences(len(kept), len(pairs) - len(kept))
+
+
+def _table(pairs: Sequence[PreferencePair], questions: Sequence[Question], *, ties: bool) -> pa.Table:
+    prompts = {q.prompt_id: [{"role": m.role, "content": m.content} for m in q.messages] for q in questions}
+    texts = _texts(questions)
+    rows = [
+        {
+            "prompt": prompts.get(pair.prompt_id),
+            "chosen": _assistant(texts, pair.prompt_id, pair.chosen_id),
+            "rejected": _assistant(texts, pair.prompt_id, pair.rejected_id),
+            "weight": pair.weight,
+            "source": pair.source,
+            "prompt_id": pair.prompt_id,
+            "chosen_id": pair.chosen_id,
+            "rejected_id": pair.rejected_id,
+            "chosen_safe": pair.chosen_safe,
+            "rejected_safe": pair.rejected_safe,
+            "tie": pair.tie,
+        }
+        for pair in pairs
+    ]
+    unknown = all(pair.chosen_safe is None and pair.rejected_safe is None for pair in pairs)
+    absent = ({"chosen_safe", "rejected_safe"} if unknown else set()) | (set() if ties else {"tie"})
+    return pa.Table.from_pylist(rows, pa.schema([column for column in _SCHEMA if column.name not in absent]))
+
+
+def _texts(questions: Sequence[Question]) -> dict[tuple[str, int], str]:
+    texts: dict[tuple[str, int], str] = {}
+    for question in questions:
+        for completion_id, shown in zip(question.completion_ids, question.completions, strict=True):
+            if texts.setdefault((question.prompt_id, completion_id), shown) != shown:
+                raise DataError(
+                    f"completion {completion_id} of prompt {question.prompt_id!r} has two texts: "
+                    "export one round at a time"
+                )
+    return texts
+
+
+def _assistant(texts: dict[tuple[str, int], str], prompt_id: str, completion_id: int) -> list[dict[str, str]]:
+    if (prompt_id, completion_id) not in texts:
+        raise DataError(f"no question shows completion {completion_id} of prompt {prompt_id!r}")
+    return [{"role": "assistant", "content": texts[prompt_id, completion_id]}]
+
+
+def parse_preference(row: dict[str, Any], asked: Asked) -> Parsed:
+    """Read a row: TRL's explicit or implicit prompt, conversational or plain text.
+
+    The annotator is the one in a column `annotator`; a `source` is no annotator.
+    """
+    prompt, chosen, rejected = _sides(row)
+    candidates = asked.pairs(prompt, (chosen, rejected))
+    ids = (row.get("chosen_id"), row.get("rejected_id"))
+    named = [q for q in candidates if q.prompt_id == row.get("prompt_id") and set(q.completion_ids) == set(ids)]
+    question = (named or candidates)[0]
+    first, second = question.completions
+    if row.get("tie"):
+        answer = Answer("tie")
+    elif first != second:
+        answer = Answer("first" if chosen == first else "second")
+    elif named:
+        answer = Answer("first" if ids[0] == question.completion_ids[0] else "second")
+    else:
+        raise DataError(f"chosen and rejected are the same text ({short(chosen)}): which one is meant?")
+    who = row.get("annotator")
+    return Parsed((Said(question, None if who is None else text(who, "the annotator"), answer),))
+
+
+def _sides(row: dict[str, Any]) -> tuple[Turns, str, str]:
+    chosen, rejected = _turns(row["chosen"], "chosen", "assistant"), _turns(row["rejected"], "rejected", "assistant")
+    prompt = row.get("prompt")
+    before = () if prompt is None else _turns(prompt, "prompt", "user")
+    if not before:
+        before, rest = chosen[:-1], rejected[:-1]
+        if not before or before != rest:
+            raise DataError(
+                "there is no prompt, and chosen and rejected do not begin with one and the same conversation"
+            )
+        chosen, rejected = chosen[-1:], rejected[-1:]
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if len(side) != 1 or side[0][0] != "assistant":
+            raise DataError(f"{name} must be one assistant message after the prompt, not {short(list(side))}")
+    return before, chosen[0][1], rejected[0][1]
+
+
+def _turns(value: object, name: str, role: str) -> Turns:
+    if isinstance(value, str):
+        return ((role, text(value, name)),)
+    if not isinstance(value, list):
+        raise DataError(f"{name} is {short(value)}: it must be text or a list of messages")
+    return tuple(_turn(turn, name) for turn in value)
+
+
+def _turn(turn: object, name: str) -> tuple[str, str]:
+    if not isinstance(turn, dict) or turn.get("role") not in ROLES:
+        raise DataError(
+            f"a message of {name} is {short(turn)}: it must be {{role, content}}, role one of {', '.join(ROLES)}"
+        )
+    return turn["role"], text(turn.get("content"), f"a message of {name}")
