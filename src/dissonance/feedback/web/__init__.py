@@ -1,0 +1,1 @@
+"""The labelling page: a server over one label store."""
