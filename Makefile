@@ -3,6 +3,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CHROMIUM := $(VENV)/.chromium
+# Other tools that the tests exchange labels with, each in an environment of its own: their requirements contradict ours.
+ENVS ?= .
+LABEL_STUDIO := $(ENVS)/.venv-label-studio/.installed
+ARGILLA := $(ENVS)/.venv-argilla/.installed
+export DISSONANCE_TEST_ENVS = $(abspath $(ENVS))
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
@@ -13,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 demo: $(INSTALLED)
 	$(BIN)/dissonance demo --out demo
 
-test: $(INSTALLED) $(CHROMIUM)
+test: $(INSTALLED) $(CHROMIUM) $(LABEL_STUDIO) $(ARGILLA)
 	$(BIN)/python -m pytest
 
 check: $(INSTALLED)
@@ -50,13 +55,13 @@ real: $(INSTALLED)
 		--prompts "$(PROMPTS)" --sample $(SAMPLE) --n 8 --max-new-tokens 48 --out real/run
 
 clean:
-	rm -rf $(VENV) docs/_build build dist
+	rm -rf $(VENV) $(dir $(LABEL_STUDIO)) $(dir $(ARGILLA)) docs/_build build dist
 
 # torch first and by itself: a constraint of 2.13.0 lets pip take a CPU build where one is offered.
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,gguf]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,gguf,postgres]'
 	touch $@
 
 # The browser of the report's tests: one that is there, else Debian's when root, else Playwright's own.
@@ -64,4 +69,17 @@ $(CHROMIUM): $(INSTALLED)
 	@if command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq chromium >/dev/null; \
 	else $(BIN)/python -m playwright install chromium; fi
+	touch $@
+
+# Its migrations take minutes, so they are applied here, once: `version` does so before it answers.
+$(LABEL_STUDIO): tests/exchange-requirements/label-studio.txt
+	python3 -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
+	LABEL_STUDIO_BASE_DATA_DIR=$(abspath $(@D))/data COLLECT_ANALYTICS=false LATEST_VERSION_CHECK=false \
+		$(@D)/bin/label-studio version >/dev/null
+	touch $@
+
+$(ARGILLA): tests/exchange-requirements/argilla.txt
+	python3 -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
 	touch $@

@@ -60,6 +60,18 @@ def workplace(
 AUDIT = "audit --policy ./policy --reward-model ./reward --prompts prompts.jsonl --max-new-tokens 16 --out run --quiet"
 
 
+WITHOUT_PROGRESS = ("select", "report", "invite", "revoke", "import", "export", "status")
+SELECT = "select run --strategy discordant --budget 10"
+GOLD = "label run --annotator gold --reward-model ./reward --quiet"
+BEFORE = {  # what a page takes to be there
+    "select.md": [AUDIT],
+    "label.md": [AUDIT, SELECT],
+    "annotators.md": [AUDIT, SELECT],
+    "quality.md": [AUDIT, SELECT, GOLD, GOLD.replace("gold", "simulated", 1) + " --overlap 2"],
+    "exchange.md": [AUDIT, SELECT, GOLD],
+}
+
+
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if {"console", "python"} & {s.language for s in snippets(p)}], ids=lambda p: p.name
 )
@@ -69,8 +81,8 @@ def test_what_the_page_shows_works(
     folder = tmp_path / "work"
     shutil.copytree(workplace, folder)
     monkeypatch.chdir(folder)
-    if page.name == "select.md":  # it begins with a finished run
-        assert run(AUDIT.split()) == 0
+    for command in BEFORE.get(page.name, ()):
+        assert run(command.split()) == 0
     for snippet in snippets(page):
         where = f"{page.name}:{snippet.line}"
         if snippet.language == "python":
@@ -84,7 +96,7 @@ def check_command(where: str, command: str, expected: str, capsys: pytest.Captur
     program, *arguments = shlex.split(command)
     assert program == "dissonance", f"{where}: a console block runs dissonance; use bash for {command!r}"
     capsys.readouterr()
-    code = run([*arguments, *([] if arguments[0] in ("select", "report") else ["--quiet"])])
+    code = run([*arguments, *([] if arguments[0] in WITHOUT_PROGRESS else ["--quiet"])])
     shown = capsys.readouterr()
     fails = expected.startswith("dissonance: error:")
     assert code == (2 if fails else 0), f"{where}: {command!r} exits with {code}: {shown.err}"

@@ -279,7 +279,9 @@ def test_parquet_that_is_no_text(tmp_path):
         load_prompts(str(tmp_path / "r.parquet"))
 
 
-@pytest.mark.parametrize("source", ["nowhere/prompts.jsonl", "prompts.JSONL.GZ", "/no/such/place", "a b"])
+@pytest.mark.parametrize(
+    "source", ["nowhere/prompts.jsonl", "prompts.JSONL.GZ", "/no/such/place", "a b", "prompts.txt", "prompts.jsn"]
+)
 def test_a_missing_file_is_named(source):
     with pytest.raises(DataError, match=f"^{source}: no such file$"):
         load_prompts(source)

@@ -49,6 +49,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` to make a folder under; on success rename it, on error remove it.
+
+    Raises:
+        RunError: the folder is there already, or cannot be made.
+    """
+    if path.exists():
+        raise RunError(f"{path} is there already: name a folder that is not, or remove it")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        temporary.rename(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be made: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -141,6 +160,17 @@ class Run:
     fresh: bool = False
     """Whether this process made it."""
 
+    @property
+    def run_id(self) -> str:
+        """What tells this run from every other, wherever its folder is copied to."""
+        ledger = self.ledger
+        return fingerprint({name: ledger[name] for name in ("command", "created", "settings", "inputs")})[:32]
+
+    @property
+    def rounds(self) -> list[int]:
+        """The numbers of the rounds there are."""
+        return sorted(int(folder.name[6:]) for folder in self.path.glob("round-[0-9][0-9][0-9]"))
+
     def round(self, number: int = 0) -> Path:
         """The folder of one round."""
         return self.path / f"round-{number:03d}"
@@ -208,15 +238,21 @@ def _sweep(path: Path) -> None:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-@contextmanager
-def open_run(path: Path) -> Iterator[Run]:
-    """Open and lock an existing run folder."""
+def find_run(path: Path) -> Run:
+    """An existing run folder, to read its finished tables while others may work on it."""
     if not (path / "run.json").is_file():
         raise RunError(f"{path} is not a run folder: it has no run.json")
     if read_json(path / "run.json").get("format") != _FORMAT:
         raise RunError(f"{path} was made by another version of dissonance: make it anew")
+    return Run(path)
+
+
+@contextmanager
+def open_run(path: Path) -> Iterator[Run]:
+    """Open and lock an existing run folder."""
+    run = find_run(path)
     with _locked(path):
-        yield Run(path)
+        yield run
 
 
 def _listing(path: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """What a run is told: one small frozen section per stage; unknown keys are errors."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -100,10 +100,18 @@ class RunConfig(_Section):
         return self
 
 
+Section = TypeVar("Section", bound=BaseModel)
+
+
 def parse_config(values: dict[str, Any]) -> RunConfig:
     """Validate settings; the first thing that is wrong becomes a SettingsError of one line."""
+    return parse_section(RunConfig, values)
+
+
+def parse_section(section: type[Section], values: dict[str, Any]) -> Section:
+    """Validate one section's settings, likewise."""
     try:
-        return RunConfig.model_validate(values)
+        return section.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"

@@ -252,7 +252,8 @@ def _open(source: str, split: str, asked: _Asked) -> _Opened:
     path = Path(source)
     if path.exists():
         return _open_folder(path, split, asked) if path.is_dir() else _open_file(path, asked)
-    if source.lower().endswith(SUFFIXES) or not _HUB_NAME.fullmatch(source):
+    # A bare name with a dot is a mistyped file far sooner than a dataset.
+    if source.lower().endswith(SUFFIXES) or not _HUB_NAME.fullmatch(source) or ("." in source and "/" not in source):
         raise DataError(f"{source}: no such file")
     name, _, config = source.partition(":")
     return _open_hub(name, config or None, split, asked)

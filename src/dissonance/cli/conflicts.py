@@ -1,0 +1,228 @@
+"""The commands that measure and choose: audit, conflicts, select, report, demo."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dissonance.cli.common import Json, Out, Quiet, RunFolder, progress_of, say
+from dissonance.config import Dtype, RewardKind, RunConfig, parse_config
+from dissonance.errors import SettingsError
+from dissonance.likelihood import Likelihood
+from dissonance.scored import ScoredLikelihood
+
+app = typer.Typer()
+
+
+@app.command()
+def audit(
+    policy: Annotated[str, typer.Option(help="A causal LM: hub id, folder or .gguf file.")],
+    reward_model: Annotated[
+        str, typer.Option(help="A sequence classifier (hub id, folder, adapter folder), or module:callable.")
+    ],
+    prompts: Annotated[str, typer.Option(help="JSONL(.gz), JSON, Parquet, CSV, or a datasets id.")],
+    out: Out,
+    n: Annotated[int, typer.Option(help="Completions per prompt.")] = 8,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; log-likelihoods are at 1.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; log-likelihoods are without.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 256,
+    likelihood: Annotated[Likelihood, typer.Option(help="sum (the paper's), mean (per token) or relative.")] = "sum",
+    reference: Annotated[str | None, typer.Option(help="Reference model, for --likelihood relative.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the policy.")] = None,
+    template: Annotated[
+        str, typer.Option(help="auto, chat, or a text such as 'Question: {prompt}\\n\\nAnswer:'.")
+    ] = "auto",
+    reward_kind: Annotated[RewardKind, typer.Option(help="cost: higher is worse.")] = "reward",
+    reward_index: Annotated[int | None, typer.Option(help="Which output is the reward.")] = None,
+    reward_adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the reward model.")] = None,
+    reward_template: Annotated[str, typer.Option(help="auto, chat, pair, or a text with {prompt}.")] = "auto",
+    reward_max_length: Annotated[int | None, typer.Option(help="Tokens the reward model reads.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a datasets id.")] = "train",
+    text_column: Annotated[str | None, typer.Option(help="Column with the prompt.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column with the prompt's id.")] = None,
+    category_column: Annotated[str | None, typer.Option(help="Column with the category.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take the first so many prompts.")] = None,
+    sample: Annotated[int | None, typer.Option(help="Draw so many prompts at random.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling of prompts and completions.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = "auto",
+    tokens_per_batch: Annotated[int | None, typer.Option(help="Bound on the tokens of one batch.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with a model.")] = False,
+    as_json: Json = False,
+    silent: Quiet = False,
+) -> None:
+    """Sample a policy, score its answers, and report where the reward model and the policy disagree.
+
+    Example: dissonance audit --policy ./policy --reward-model ./reward --prompts prompts.jsonl --out run
+    """
+    from dissonance.loop import audit as run_audit
+
+    common = {
+        "device": device,
+        "dtype": dtype,
+        "tokens_per_batch": tokens_per_batch,
+        "trust_remote_code": trust_remote_code,
+    }
+    config = _parse(
+        {
+            "prompts": {
+                "source": prompts,
+                "split": split,
+                "text_column": text_column,
+                "id_column": id_column,
+                "category_column": category_column,
+                "limit": limit,
+                "sample": sample,
+            },
+            "policy": {
+                "model": policy,
+                "adapter": adapter,
+                "template": _unescape(template),
+                "n": n,
+                "temperature": temperature,
+                "top_p": top_p,
+                "max_new_tokens": max_new_tokens,
+                "reference": reference,
+                **common,
+            },
+            "reward_model": {
+                "model": reward_model,
+                "adapter": reward_adapter,
+                "template": _unescape(reward_template),
+                "kind": reward_kind,
+                "index": reward_index,
+                "max_length": reward_max_length,
+                **common,
+            },
+            "likelihood": likelihood,
+            "seed": seed,
+        },
+    )
+    summary = run_audit(config, out, progress_of(silent))
+    say(summary, as_json, [*_conflict_lines(summary, likelihood), f"report: {out / 'report.html'}"])
+
+
+@app.command()
+def conflicts(
+    scored: Annotated[Path, typer.Argument(help="Rows of prompt_id, completion_id, logprob, reward.")],
+    out: Out,
+    reward_kind: Annotated[RewardKind, typer.Option(help="cost: higher is worse.")] = "reward",
+    likelihood: Annotated[ScoredLikelihood, typer.Option(help="sum, or mean (needs n_tokens).")] = "sum",
+    as_json: Json = False,
+    silent: Quiet = False,
+) -> None:
+    """Measure conflict in scores you bring: Parquet (a file or a folder), JSONL or CSV, of any size.
+
+    A row per completion, or a row per prompt with lists. The folder OUT can be reported and selected from.
+
+    Example: dissonance conflicts scored.parquet --out run
+    """
+    from dissonance.loop import conflicts as run_conflicts
+
+    summary = run_conflicts(scored, out, reward_kind=reward_kind, likelihood=likelihood, progress=progress_of(silent))
+    lines = [*_conflict_lines(summary, likelihood), f"tables: {out / 'round-000'}", f"report: {out / 'report.html'}"]
+    say(summary, as_json, lines)
+
+
+@app.command()
+def select(
+    run: RunFolder,
+    budget: Annotated[int, typer.Option(help="Judgements to spend: 1 a comparison or rating, N-1 a ranking of N.")],
+    strategy: Annotated[
+        str,
+        typer.Option(help="shf_cas, discordant, pacs, kendall, random_prompts, random_pairs or margin."),
+    ] = "shf_cas",
+    tau: Annotated[str | None, typer.Option(help="Least K of a prompt: 0.6, or a quantile: q0.9.")] = None,
+    delta: Annotated[str | None, typer.Option(help="Least |PACS| of a completion: 1.2, or a quantile: q0.8.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the strategies that draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose what to ask people, within a budget; writes RUN/round-000/queries.parquet.
+
+    Example: dissonance select run --strategy discordant --budget 200
+    """
+    from dissonance.loop import select as run_select
+
+    chosen = run_select(run, strategy=strategy, budget=budget, tau=tau, delta=delta, seed=seed)
+    say(chosen, as_json, [*chosen["explanation"], f"queries: {run / 'round-000' / 'queries.parquet'}"])
+
+
+@app.command()
+def report(run: RunFolder, as_json: Json = False) -> None:
+    """Write RUN/report.html anew.
+
+    Example: dissonance report run
+    """
+    from dissonance.report import write_report
+
+    path = write_report(run)
+    say({"report": str(path)}, as_json, [f"report: {path}"])
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Of the built-in world.")] = 0,
+    as_json: Json = False,
+    silent: Quiet = False,
+) -> None:
+    """Audit the built-in world: tiny models, trained from scratch here, on two tasks.
+
+    Example: dissonance demo --out demo
+    """
+    from dissonance.loop import demo as run_demo
+
+    summary = run_demo(out, seed=seed, progress=progress_of(silent))
+    lines = []
+    for task, found in summary["tasks"].items():
+        lines += [f"{task}:", *(f"  {line}" for line in _conflict_lines(found["audit"], "sum"))]
+        lines += [f"  report: {out / task / 'report.html'}"]
+    say(summary, as_json, lines)
+
+
+def _parse(values: dict[str, Any]) -> RunConfig:
+    """Parse settings; an error names the option, as it was typed, rather than the setting."""
+    try:
+        return parse_config(values)
+    except SettingsError as error:
+        section, dot, rest = str(error).partition(".")
+        prefixes = {"prompts": "--", "policy": "--", "reward_model": "--reward-"}
+        if not dot or section not in prefixes:
+            raise
+        name, _, message = rest.partition(":")
+        raise SettingsError(f"{prefixes[section]}{name.replace('_', '-')}:{message}") from error
+
+
+def _unescape(template: str) -> str:
+    return template.replace("\\n", "\n")
+
+
+def _conflict_lines(summary: Mapping[str, Any], likelihood: Likelihood) -> list[str]:
+    kendall, rho = summary["kendall_tau_distance"], summary.get("length_correlation")
+    lines = [f"{summary['prompts']:,} prompts, {summary['completions']:,} completions"]
+    if kendall["mean"] is None:
+        return [*lines, "every prompt is degenerate: its rewards or its log-likelihoods are constant"]
+    lines += [
+        f"Kendall-tau distance: {kendall['mean']:.3f}",
+        f"independent scores would give: {kendall['null_mean']:.3f}, with sd {kendall['null_sd']:.3f} between prompts",
+        f"prompts above that: {kendall['share_above_null']:.1%}, by chance {kendall['null_share_above']:.1%}",
+        f"significantly: {kendall['share_significant']:.1%}, by chance {kendall['null_share_significant']:.1%}",
+        f"mean |PACS|: {summary['mean_abs_pacs']:.3f}",
+    ]
+    if summary["repeated_answers"] > 0.01:
+        lines.append(
+            f"repeated answers: {summary['repeated_answers']:.1%}, which lower the distance and what chance gives; "
+            f"over distinct answers: {kendall['distinct_mean']:.3f}, by chance 0.500"
+        )
+    if rho is not None:
+        hint = ", try --likelihood mean" if likelihood == "sum" else ""
+        warning = f"; |rho| > 0.5: much of this conflict is length{hint}" if abs(rho) > 0.5 else ""
+        lines.append(f"correlation of PACS with length: {rho:+.2f}{warning}")
+    notes = {
+        "degenerate": "degenerate prompts, with constant rewards or log-likelihoods",
+        "truncated": "conversations cut for the reward model, which reads no more",
+        "unfinished": "completions that ran into --max-new-tokens",
+        "duplicates": "duplicate prompts dropped",
+    }
+    return lines + [f"{what}: {summary[key]:,}" for key, what in notes.items() if summary.get(key)]

@@ -1,0 +1,367 @@
+"""From a run folder's queries to labels and out again: what label, invite, import, export and status do."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+from dissonance.artifacts import Run, atomic_folder, atomic_path, find_run, open_run
+from dissonance.config import RewardConfig
+from dissonance.errors import DataError, RunError
+from dissonance.feedback import access, exchange
+from dissonance.feedback.aggregate import Method, aggregate
+from dissonance.feedback.annotators.gold import GoldAnnotator, GoldSettings, Rewards, score_questions
+from dissonance.feedback.annotators.run import annotate
+from dissonance.feedback.annotators.simulated import SimulatedAnnotator, SimulatedSettings
+from dissonance.feedback.exchange import ImportFormat
+from dissonance.feedback.gold_questions import read_gold_questions
+from dissonance.feedback.overview import overview
+from dissonance.feedback.questions import questions_of_round
+from dissonance.feedback.store import Progress, Store
+from dissonance.feedback.web.settings import LabelSettings
+from dissonance.progress import ProgressFactory, quiet
+from dissonance.records import Role
+
+if TYPE_CHECKING:
+    from dissonance.feedback.annotators.judge import JudgeSettings
+
+LABELS = "labels.db"
+
+
+@contextmanager
+def labels_of(run: Path | str, store: str | None = None) -> Iterator[Store]:
+    """Open the label store of a run: RUN/labels.db, or where `store` put the run's labels at first.
+
+    Args:
+        run: the run folder.
+        store: `postgresql://user@host/database` or a file. It is remembered in run.json, without its password.
+
+    Raises:
+        RunError: this is no run folder, or its labels are somewhere else than `store`.
+        StoreError: the store cannot be opened, or holds another run's labels.
+    """
+    found = find_run(Path(run))
+    where, plain = _where(found, store)
+    with Store.open(where, found.run_id) as opened:
+        if found.finished("label") is None:
+            with open_run(found.path) as locked:
+                locked.finish("label", store=plain)
+        yield opened
+
+
+def _where(run: Run, store: str | None) -> tuple[Path | str, str]:
+    """What to open, and how run.json names it."""
+    entry = run.finished("label")
+    remembered = None if entry is None else str(entry["store"])
+    plain = _without_password(store) if store is not None else remembered or LABELS
+    if remembered is not None and plain != remembered:
+        raise RunError(f"the labels of {run.path} are in {remembered}, not in {plain}: leave --store out, or name that")
+    if store is None and plain == LABELS:
+        return run.path / LABELS, plain
+    return store or plain, plain
+
+
+def _without_password(store: str) -> str:
+    if "://" not in store:
+        return str(Path(store).resolve())
+    try:
+        return make_url(store).set(password=None).render_as_string()
+    except (ArgumentError, ValueError) as error:
+        raise RunError(f"--store {store!r} is no database URL: write postgresql://user@host/database") from error
+
+
+def ask(run: Path | str, store: Store, *, overlap: int | None = None, gold: Path | None = None) -> int:
+    """Put what `select` chose, in every round, into the store, with gold questions; returns how many are new.
+
+    Args:
+        run: the run folder.
+        store: its store.
+        overlap: annotators per query; by default as it was, 1 at first.
+        gold: a file of questions whose answer is known.
+
+    Raises:
+        InputError: nothing was selected, texts are missing, or the file of gold questions is wrong; nothing was stored.
+    """
+    found = find_run(Path(run))
+    known = [] if gold is None else read_gold_questions(gold)
+    rounds = [n for n in found.rounds if (found.round(n) / "queries.parquet").is_file()]
+    asked = {number: questions_of_round(found.round(number)) for number in rounds or [0]}
+    new = sum(store.add_questions(qs, overlap=overlap, round_number=n) for n, qs in asked.items())
+    return new + (store.add_gold(known) if known else 0)
+
+
+def label(
+    run: Path | str,
+    *,
+    settings: LabelSettings | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    overlap: int | None = None,
+    gold: Path | None = None,
+    store: str | None = None,
+    ready: Callable[[str, Progress], None],
+) -> dict[str, Any]:
+    """Ask people, in the browser, what `select` chose; returns when the server is told to stop.
+
+    Args:
+        run: the run folder.
+        settings: how the server asks, and whom it lets in; by default, the one at this machine.
+        host: where to listen; any but the loopback needs a login.
+        port: 0 takes a free one.
+        overlap: annotators per query; by default as it was, 1 at first.
+        gold: a file of questions whose answer is known.
+        store: where the labels are, as in `labels_of`.
+        ready: told the address, and how far the asking is, once the server takes requests.
+
+    Returns:
+        The keys of `label --json`: how far the asking is.
+
+    Raises:
+        InputError: nothing was selected, an option is wrong, or the store cannot be used.
+    """
+    from dissonance.feedback.web.serve import serve
+
+    with labels_of(run, store) as opened:
+        ask(run, opened, overlap=overlap, gold=gold)
+        serve(opened, settings or LabelSettings(), host, port, lambda url: ready(url, opened.progress()))
+        return asdict(opened.progress())
+
+
+def label_by_judge(
+    run: Path | str,
+    settings: "JudgeSettings",
+    *,
+    overlap: int | None = None,
+    store: str | None = None,
+    progress: ProgressFactory = quiet,
+) -> dict[str, Any]:
+    """Have a model behind an OpenAI-compatible endpoint answer what `select` chose; goes on where it was.
+
+    Returns:
+        What this call did, and what the judge has done and cost in all.
+
+    Raises:
+        InputError: nothing was selected, a setting is wrong, or the endpoint refuses.
+    """
+    from dissonance.feedback.annotators.judge import Judge  # its client takes a second to load
+
+    with labels_of(run, store) as opened:
+        ask(run, opened, overlap=overlap)
+        judge = Judge(opened, settings)
+        try:
+            done = annotate(opened, judge, progress)
+        finally:
+            judge.close()
+        return {**asdict(done), "judge": asdict(judge.summary())}
+
+
+def label_by_gold(
+    run: Path | str,
+    reward_model: RewardConfig,
+    settings: GoldSettings,
+    *,
+    overlap: int | None = None,
+    store: str | None = None,
+    progress: ProgressFactory = quiet,
+) -> dict[str, Any]:
+    """Have a second reward model, or a callable, answer what `select` chose."""
+    with labels_of(run, store) as opened:
+        ask(run, opened, overlap=overlap)
+        rewards = _rewards(opened, reward_model, progress)
+        return asdict(annotate(opened, GoldAnnotator(settings, rewards), progress))
+
+
+def label_by_simulated(
+    run: Path | str,
+    reward_model: RewardConfig,
+    settings: SimulatedSettings,
+    *,
+    overlap: int | None = None,
+    store: str | None = None,
+    progress: ProgressFactory = quiet,
+) -> dict[str, Any]:
+    """Have a simulated person answer: a reward model seen through stated faults."""
+    with labels_of(run, store) as opened:
+        ask(run, opened, overlap=overlap)
+        rewards = _rewards(opened, reward_model, progress)
+        return asdict(annotate(opened, SimulatedAnnotator(settings, rewards), progress))
+
+
+def _rewards(store: Store, config: RewardConfig, progress: ProgressFactory) -> Rewards:
+    from dissonance.rewards import load_reward_model
+
+    return score_questions(load_reward_model(config), store.questions(), progress)
+
+
+def check_judge(run: Path | str, judge: str, sample: int, *, seed: int = 0, store: str | None = None) -> int:
+    """Ask people about a random sample of what a judge has answered; returns how many queries.
+
+    Raises:
+        DataError: the judge has answered nothing.
+    """
+    with labels_of(run, store) as opened:
+        if judge not in {label.annotator for label in opened.labels()}:
+            raise DataError(f"{judge!r} has answered nothing in {run}: name an annotator that has")
+        return opened.check_sample(judge, sample, seed)
+
+
+def invite(
+    run: Path | str, name: str, *, role: Role = "annotator", days: float | None = None, store: str | None = None
+) -> str:
+    """Make a personal link's token for a person; it is kept nowhere, so that it can be shown this once.
+
+    Raises:
+        DataError: the name belongs to a model, or to a person with another role.
+    """
+    with labels_of(run, store) as opened:
+        return access.invite(opened, name, role, days)
+
+
+def revoke(run: Path | str, name: str, *, store: str | None = None) -> int:
+    """Revoke every link of a person and end their sessions; returns how many links.
+
+    Raises:
+        DataError: there is nobody of this name.
+    """
+    with labels_of(run, store) as opened:
+        return access.revoke_tokens(opened, name)
+
+
+def asks_safety(run: Path | str) -> bool:
+    """Whether ratings should ask if an answer is safe: where the reward model is a cost model."""
+    settings = find_run(Path(run)).ledger["settings"]
+    return "cost" in (settings.get("reward_kind"), settings.get("reward_model", {}).get("kind"))
+
+
+def import_labels(
+    run: Path | str,
+    file: Path | str,
+    *,
+    file_format: ImportFormat | None = None,
+    annotator: str | None = None,
+    predictions: bool = False,
+    skip_unknown: bool = False,
+    store: str | None = None,
+) -> dict[str, Any]:
+    """Take in labels that were made elsewhere: a TRL preference file, an Argilla or Label Studio export, a CSV.
+
+    The same file twice adds nothing.
+
+    Args:
+        run: the run folder that asked the questions.
+        file: the file, or a folder of Argilla's.
+        file_format: by default, its content says.
+        annotator: whose labels they are, whoever the file names.
+        predictions: also take models' suggestions, under the models' names.
+        skip_unknown: leave out, and count, what the run has not asked.
+        store: where the labels are, as in `labels_of`.
+
+    Raises:
+        DataError: the first thing that is wrong, with the file and its line; nothing was stored.
+    """
+    with labels_of(run, store) as opened:
+        ask(run, opened)
+        found = exchange.import_labels(
+            opened,
+            Path(file),
+            file_format=file_format,
+            annotator=annotator,
+            predictions=predictions,
+            skip_unknown=skip_unknown,
+        )
+        return asdict(found)
+
+
+def export_pairs(
+    run: Path | str,
+    out: Path | str,
+    *,
+    method: Method = "majority",
+    only: Collection[str] = (),
+    exclude: Collection[str] = (),
+    ties: bool = False,
+    store: str | None = None,
+) -> dict[str, Any]:
+    """Write what the labels come to as TRL's conversational preferences, .jsonl or .parquet.
+
+    Args:
+        run: the run folder.
+        out: the file.
+        method: how labels become pairs: majority, dawid_skene or dgr.
+        only: kinds or names of the annotators to count; empty for all.
+        exclude: kinds or names of those not to count.
+        ties: also write ties, marked by a column of that name.
+        store: where the labels are, as in `labels_of`.
+    """
+    out = Path(out)
+    with labels_of(run, store) as opened:
+        questions = {q.query_id: q for q in opened.questions(retired=True)}
+        found = aggregate(opened.labels(), questions, opened.gold(), method, only=only, exclude=exclude)
+    if not found.pairs:
+        raise DataError(f"the labels of {run} come to no preference: {'; '.join(found.explanation)}")
+    with _atomic_file(out) as temporary:
+        written = exchange.write_preferences(
+            temporary, found.pairs, list(questions.values()), suffix=out.suffix, ties=ties
+        )
+    return {
+        "format": "trl",
+        "method": method,
+        "pairs": written.rows,
+        "ties_left_out": written.ties_left_out,
+        "labels": found.labels,
+        "used": found.used,
+        "left_out": dict(found.left_out),
+        "explanation": list(found.explanation),
+    }
+
+
+def export_labels(
+    run: Path | str,
+    out: Path | str,
+    file_format: Literal["argilla", "label-studio", "csv"],
+    *,
+    store: str | None = None,
+) -> dict[str, Any]:
+    """Write questions and labels for another tool: a folder for Argilla or Label Studio, a file of CSV.
+
+    Raises:
+        DataError: the folder is there already, or there is nothing to write.
+    """
+    out = Path(out)
+    with labels_of(run, store) as opened:
+        ask(run, opened)
+        labels = opened.labels()
+        wanted = {q.query_id for q in opened.questions()} | {label.query_id for label in labels}
+        questions = [q for q in opened.questions(retired=True) if q.query_id in wanted]
+    if file_format == "csv":
+        with _atomic_file(out) as temporary:
+            return {"format": file_format, "labels": exchange.write_csv(temporary, labels, questions)}
+    write = exchange.write_argilla if file_format == "argilla" else exchange.write_label_studio
+    with atomic_folder(out) as temporary:
+        written = write(temporary, questions, labels)
+    return {"format": file_format, "files": written.files, "left_out": written.left_out}
+
+
+def status(run: Path | str, *, store: str | None = None) -> dict[str, Any]:
+    """How far a run is: its stages, the asking, and how well the annotators agree."""
+    found = find_run(Path(run))
+    ledger = found.ledger
+    stages = {name: entry["finished"] for name, entry in ledger["stages"].items()}
+    state: dict[str, Any] = {"run": str(found.path), "command": ledger["command"], "stages": stages, "labels": None}
+    if found.finished("label") is not None:
+        with labels_of(run, store) as opened:
+            state["labels"] = overview(opened).to_json()
+    return state
+
+
+@contextmanager
+def _atomic_file(path: Path) -> Iterator[Path]:
+    try:
+        with atomic_path(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise DataError(f"--out {path} cannot be written: {error.strerror or error}") from error
