@@ -212,13 +212,16 @@ class Visit:
     def question(self, query_id: str | None = None) -> None:
         """Wait until a question takes answers; that of `query_id`, where it is given."""
         chosen = "#question[data-state=ready]"
-        chosen += f'[data-query="{query_id}"]' if query_id else ""
-        self.page.wait_for_selector(chosen)
+        self.wait(chosen + (f'[data-query="{query_id}"]' if query_id else ""))
 
     def next_question(self, before: str) -> str:
         """Wait for another question than `before`, or for the end; the id of the question."""
-        self.page.wait_for_selector(f'#question[data-state=ready]:not([data-query="{before}"]), #done')
+        self.wait(f'#question[data-state=ready]:not([data-query="{before}"]), #done')
         return self.query_id()
+
+    def wait(self, selector: str) -> None:
+        """Wait for an element, frame by frame: `wait_for_selector` looks twice a second only, after its first tries."""
+        self.page.wait_for_function("(selector) => document.querySelector(selector) !== null", arg=selector)
 
     def query_id(self) -> str:
         """The question on the page; empty where there is none."""

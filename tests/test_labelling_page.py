@@ -285,7 +285,7 @@ def test_ranking_by_touch(browser: Browser, tmp_path: Path) -> None:
         tap("A", "level")  # B > D = A > C
         expect(visit.page.locator("[data-order]")).to_have_text("B > D = A > C")
         visit.page.locator("[data-send]").tap()
-        visit.page.wait_for_selector("#done")
+        visit.wait("#done")
         ranks = dict(zip(shown, (2, 1, 3, 2), strict=True))
         assert only(site.store).answer.ranks == tuple(ranks[i] for i in question.completion_ids)
 
@@ -444,7 +444,7 @@ def test_what_the_server_refuses_stays_in_the_form(three: Visit) -> None:
     expect(three.page.locator("#question")).to_have_attribute("data-state", "ready")
     key = three.page.locator("[name=key]").input_value()
     three.page.get_by_role("button", name="Load the question again").click()
-    three.page.wait_for_selector(f"#question[data-state=ready]:not(:has([name=key][value='{key}']))")
+    three.wait(f"#question[data-state=ready]:not(:has([name=key][value='{key}']))")
     three.page.keyboard.press("1")
     three.question("pairwise/1")
 
@@ -520,7 +520,7 @@ def test_the_page_is_blind(browser: Browser, tmp_path: Path) -> None:
                 visit.question(query_id)
                 pages.append(visit.page.content())
                 visit.page.keyboard.press("1")
-            visit.page.wait_for_selector("#done")
+            visit.wait("#done")
     for page in pages:
         assert "secret" not in page
         assert not any(word in page.lower() for word in ("reward", "logprob", "likelihood", "strategy", "gold"))
@@ -608,7 +608,7 @@ def test_seconds_count_while_the_question_is_visible(browser: Browser, tmp_path:
         visit.page.evaluate(at, [64_500, False])
         visit.page.evaluate("window.now = 66_750")
         visit.page.keyboard.press("1")
-        visit.page.wait_for_selector("#done")
+        visit.wait("#done")
         assert only(site.store).seconds == 6.25
 
 

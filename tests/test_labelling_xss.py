@@ -111,7 +111,7 @@ def label_and_look(visit: Visit, attack: Attack, answers: dict[str, Callable[[Pa
             visit.page.keyboard.press(key.lower() if len(key) == 1 else key)
             attack.look()
         answers[query_id.split("/")[0]](visit.page)
-        visit.page.wait_for_selector(f'#done, #question:not([data-query="{query_id}"])')
+        visit.wait(f'#done, #question:not([data-query="{query_id}"])')
 
 
 def test_nothing_runs_on_the_labelling_page(browser: Browser, tmp_path: Path) -> None:
