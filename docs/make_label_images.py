@@ -151,7 +151,7 @@ def main() -> None:
                 _answers(site.store, others, clock)
                 for name, options in (("desktop", DESKTOP), ("phone", PHONE)):
                     scheme = "dark" if (kind, name) == ("pairwise", "phone") else "light"
-                    with visiting(browser, site, color_scheme=scheme, **options) as visit:
+                    with visiting(browser, site, color_scheme=scheme, reduced_motion="reduce", **options) as visit:
                         _photograph(visit, kind, name)
                 if kind == "pairwise":
                     with visiting(browser, site, **DESKTOP) as visit:

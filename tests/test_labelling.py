@@ -13,8 +13,8 @@ import pytest
 
 from dissonance.cli import run
 from dissonance.feedback.store import Store
-from dissonance.labelling import labels_of
 from dissonance.records import Answer
+from dissonance.run_labels import labels_of
 
 WORDS = ["short", "a longer answer", "the longest answer of all of them", "middling words"]
 
@@ -120,6 +120,58 @@ def test_a_folder_for_another_tool_is_written_whole_or_not_at_all(
     assert not [path for path in Path().iterdir() if path.name.endswith(".tmp")]
 
 
+OWN = ["run/labels.db", "run/labels.db-wal", "run/run.json", "run/round-000/completions.parquet", "run"]
+
+
+@pytest.mark.parametrize("out", OWN)
+@pytest.mark.parametrize("file_format", ["trl", "csv", "argilla"])
+def test_an_export_never_takes_the_place_of_the_runs_own_files(
+    folder: Path, out: str, file_format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    select()
+    output(capsys, *GOLD)
+    before = (folder / "run.json").read_bytes()
+    message = output(capsys, "export", "run", "--format", file_format, "--out", out, code=2)
+    assert "one of the run's own files" in message
+    assert len(labels(folder)) == 10
+    assert (folder / "run.json").read_bytes() == before
+
+
+def test_an_export_may_lie_in_the_run_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    select()
+    output(capsys, *GOLD)
+    output(capsys, "export", "run", "--out", "run/preferences.parquet")
+    assert pq.read_table(folder / "preferences.parquet").num_rows == 10
+
+
+def test_what_was_selected_since_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    select(budget=4)
+    output(capsys, *GOLD)
+    select(budget=10)
+    found = json.loads(output(capsys, "status", "run", "--json"))
+    assert found["unasked"] == 10 - sum(label.query_id in selected(folder) for label in labels(folder))
+    assert "not asked yet" in output(capsys, "status", "run")
+
+
+def selected(folder: Path) -> set[str]:
+    return set(pq.read_table(folder / "round-000" / "queries.parquet")["query_id"].to_pylist())
+
+
+def test_a_command_that_failed_binds_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output(capsys, *GOLD, "--store", "typo.db", code=2)  # nothing is selected
+    select()
+    output(capsys, *GOLD)
+    assert len(labels(folder)) == 10
+    output(capsys, "status", "run", "--store", "run/labels.db")
+
+
+@pytest.mark.parametrize("url", ["postgresql://lead:s3cret@db:54x2/l", "postgresql://lead@db/l?password=s3cret"])
+def test_a_password_is_never_repeated(folder: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    select()
+    assert "s3cret" not in output(capsys, *GOLD, "--store", url, code=2)
+    assert "s3cret" not in (folder / "run.json").read_text()
+
+
 def test_a_judges_answers_can_be_checked_by_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     select()
     output(capsys, *GOLD)
@@ -148,9 +200,11 @@ BAD = {
     "a missing file": (["import", "run", "nowhere.csv"], "nowhere.csv"),
     "no preference": (["export", "run", "--out", "p.jsonl"], "no preference"),
     "another suffix": (["export", "run", "--out", "p.txt"], ".jsonl or .parquet"),
-    "a method for csv": (["export", "run", "--format", "csv", "--method", "dgr", "--out", "x"], "--method is for"),
+    "a method for csv": (["export", "run", "--format", "csv", "--method", "dgr", "--out", "x.csv"], "--method is for"),
     "an unknown format": (["export", "run", "--format", "xml", "--out", "x"], "xml"),
     "nobody to check": (["label", "run", "--check", "gold"], "answered nothing"),
+    "a port": (["label", "run", "--port", "70000"], "--port"),
+    "csv by another name": (["export", "run", "--format", "csv", "--out", "x.db"], "not named .csv"),
     "a sample of nothing": (["label", "run", "--sample", "5"], "--check"),
 }
 

@@ -537,7 +537,7 @@ def test_views_of_the_texts(browser: Browser, tmp_path: Path) -> None:
         expect(page.locator(".rendered strong").first).to_be_visible()
         expect(page.locator("details.earlier summary")).to_have_text("7 earlier messages")
         assert page.locator(".role").all_inner_texts()[-2:] == ["Tool", "User"]
-        long = page.locator(".card", has_text="two")
+        long = page.locator(".card:has(.more)")
         more = long.get_by_role("button")
         expect(more).to_have_attribute("aria-expanded", "false")
         folded = long.locator(".fold").bounding_box()

@@ -398,7 +398,7 @@ def test_mean_without_token_counts(tmp_path, out):
         ("a.jsonl.gz", b"no gzip", "not readable"),
         ("a.csv", b"", "not readable as CSV: Empty CSV file"),
         ("a.csv", b"prompt_id,reward,logprob\n", "there are no rows"),
-        ("a.csv.gz", gzip.compress(b"prompt_id,reward,logprob\na,1,-1\n" * 99)[:40], "not readable as CSV"),
+        ("a.csv.gz", gzip.compress(b"prompt_id,reward,logprob\na,1,-1\n" * 99, mtime=0)[:40], "not readable as CSV"),
         ("a.csv", b"prompt_id,reward,reward,logprob\na,1,1,-1\n", "column reward stands more than once"),
         ("a.txt", b"prompt_id", "unknown kind of file"),
         ("a.jsonl", b'{"prompt_id": "a"}\n{"prompt_id" "a"}\n', "line 2: not valid JSON"),

@@ -242,16 +242,20 @@ def find_run(path: Path) -> Run:
     """An existing run folder, to read its finished tables while others may work on it."""
     if not (path / "run.json").is_file():
         raise RunError(f"{path} is not a run folder: it has no run.json")
-    if read_json(path / "run.json").get("format") != _FORMAT:
+    ledger = read_json(path / "run.json")
+    if ledger.get("format") != _FORMAT:
         raise RunError(f"{path} was made by another version of dissonance: make it anew")
+    parts = {"command": str, "created": str, "settings": dict, "inputs": dict, "stages": dict}
+    if broken := [name for name, kind in parts.items() if not isinstance(ledger.get(name), kind)]:
+        raise RunError(f"{path / 'run.json'} is damaged: it has no {broken[0]}")
     return Run(path)
 
 
 @contextmanager
-def open_run(path: Path) -> Iterator[Run]:
-    """Open and lock an existing run folder."""
+def open_run(path: Path, wait: float = 0.0) -> Iterator[Run]:
+    """Open and lock an existing run folder, waiting so many seconds for another process that has it."""
     run = find_run(path)
-    with _locked(path):
+    with _locked(path, wait):
         yield run
 
 
@@ -263,10 +267,10 @@ def _listing(path: Path) -> list[Path]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, wait: float = 0.0) -> Iterator[None]:
     lock = FileLock(path / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except Timeout as error:
         raise RunError(f"{path} is in use by another dissonance process: wait for it, or stop it") from error
     try:

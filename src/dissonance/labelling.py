@@ -6,92 +6,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError
-
-from dissonance.artifacts import Run, atomic_folder, atomic_path, find_run, open_run
+from dissonance.artifacts import Run, atomic_folder, atomic_path, find_run
 from dissonance.config import RewardConfig
-from dissonance.errors import DataError, RunError
+from dissonance.errors import DataError, SettingsError
 from dissonance.feedback import access, exchange
 from dissonance.feedback.aggregate import Method, aggregate
 from dissonance.feedback.annotators.gold import GoldAnnotator, GoldSettings, Rewards, score_questions
 from dissonance.feedback.annotators.run import annotate
 from dissonance.feedback.annotators.simulated import SimulatedAnnotator, SimulatedSettings
 from dissonance.feedback.exchange import ImportFormat
-from dissonance.feedback.gold_questions import read_gold_questions
 from dissonance.feedback.overview import overview
 from dissonance.feedback.questions import questions_of_round
 from dissonance.feedback.store import Progress, Store
 from dissonance.feedback.web.settings import LabelSettings
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.records import Role
+from dissonance.run_labels import ask, check_free, labels_of
 
 if TYPE_CHECKING:
     from dissonance.feedback.annotators.judge import JudgeSettings
-
-LABELS = "labels.db"
-
-
-@contextmanager
-def labels_of(run: Path | str, store: str | None = None) -> Iterator[Store]:
-    """Open the label store of a run: RUN/labels.db, or where `store` put the run's labels at first.
-
-    Args:
-        run: the run folder.
-        store: `postgresql://user@host/database` or a file. It is remembered in run.json, without its password.
-
-    Raises:
-        RunError: this is no run folder, or its labels are somewhere else than `store`.
-        StoreError: the store cannot be opened, or holds another run's labels.
-    """
-    found = find_run(Path(run))
-    where, plain = _where(found, store)
-    with Store.open(where, found.run_id) as opened:
-        if found.finished("label") is None:
-            with open_run(found.path) as locked:
-                locked.finish("label", store=plain)
-        yield opened
-
-
-def _where(run: Run, store: str | None) -> tuple[Path | str, str]:
-    """What to open, and how run.json names it."""
-    entry = run.finished("label")
-    remembered = None if entry is None else str(entry["store"])
-    plain = _without_password(store) if store is not None else remembered or LABELS
-    if remembered is not None and plain != remembered:
-        raise RunError(f"the labels of {run.path} are in {remembered}, not in {plain}: leave --store out, or name that")
-    if store is None and plain == LABELS:
-        return run.path / LABELS, plain
-    return store or plain, plain
-
-
-def _without_password(store: str) -> str:
-    if "://" not in store:
-        return str(Path(store).resolve())
-    try:
-        return make_url(store).set(password=None).render_as_string()
-    except (ArgumentError, ValueError) as error:
-        raise RunError(f"--store {store!r} is no database URL: write postgresql://user@host/database") from error
-
-
-def ask(run: Path | str, store: Store, *, overlap: int | None = None, gold: Path | None = None) -> int:
-    """Put what `select` chose, in every round, into the store, with gold questions; returns how many are new.
-
-    Args:
-        run: the run folder.
-        store: its store.
-        overlap: annotators per query; by default as it was, 1 at first.
-        gold: a file of questions whose answer is known.
-
-    Raises:
-        InputError: nothing was selected, texts are missing, or the file of gold questions is wrong; nothing was stored.
-    """
-    found = find_run(Path(run))
-    known = [] if gold is None else read_gold_questions(gold)
-    rounds = [n for n in found.rounds if (found.round(n) / "queries.parquet").is_file()]
-    asked = {number: questions_of_round(found.round(number)) for number in rounds or [0]}
-    new = sum(store.add_questions(qs, overlap=overlap, round_number=n) for n, qs in asked.items())
-    return new + (store.add_gold(known) if known else 0)
 
 
 def label(
@@ -204,6 +137,7 @@ def check_judge(run: Path | str, judge: str, sample: int, *, seed: int = 0, stor
         DataError: the judge has answered nothing.
     """
     with labels_of(run, store) as opened:
+        ask(run, opened)
         if judge not in {label.annotator for label in opened.labels()}:
             raise DataError(f"{judge!r} has answered nothing in {run}: name an annotator that has")
         return opened.check_sample(judge, sample, seed)
@@ -234,7 +168,8 @@ def revoke(run: Path | str, name: str, *, store: str | None = None) -> int:
 def asks_safety(run: Path | str) -> bool:
     """Whether ratings should ask if an answer is safe: where the reward model is a cost model."""
     settings = find_run(Path(run)).ledger["settings"]
-    return "cost" in (settings.get("reward_kind"), settings.get("reward_model", {}).get("kind"))
+    reward = settings.get("reward_model")
+    return "cost" in (settings.get("reward_kind"), reward.get("kind") if isinstance(reward, dict) else None)
 
 
 def import_labels(
@@ -298,6 +233,7 @@ def export_pairs(
         store: where the labels are, as in `labels_of`.
     """
     out = Path(out)
+    check_free(run, out, store)
     with labels_of(run, store) as opened:
         questions = {q.query_id: q for q in opened.questions(retired=True)}
         found = aggregate(opened.labels(), questions, opened.gold(), method, only=only, exclude=exclude)
@@ -332,6 +268,9 @@ def export_labels(
         DataError: the folder is there already, or there is nothing to write.
     """
     out = Path(out)
+    check_free(run, out, store)
+    if file_format == "csv" and out.suffix != ".csv":
+        raise SettingsError(f"--out {out} is not named .csv: change its name, or choose another --format")
     with labels_of(run, store) as opened:
         ask(run, opened)
         labels = opened.labels()
@@ -347,15 +286,33 @@ def export_labels(
 
 
 def status(run: Path | str, *, store: str | None = None) -> dict[str, Any]:
-    """How far a run is: its stages, the asking, and how well the annotators agree."""
+    """How far a run is: its stages, the asking, and how well the annotators agree.
+
+    Returns:
+        The keys of `status --json`; `labels` is None while nobody was asked, `unasked` counts queries selected since.
+    """
     found = find_run(Path(run))
     ledger = found.ledger
     stages = {name: entry["finished"] for name, entry in ledger["stages"].items()}
-    state: dict[str, Any] = {"run": str(found.path), "command": ledger["command"], "stages": stages, "labels": None}
+    state: dict[str, Any] = {
+        "run": str(found.path),
+        "command": ledger["command"],
+        "stages": stages,
+        "labels": None,
+        "unasked": 0,
+    }
     if found.finished("label") is not None:
         with labels_of(run, store) as opened:
             state["labels"] = overview(opened).to_json()
+            state["unasked"] = _unasked(found, opened)
     return state
+
+
+def _unasked(run: Run, store: Store) -> int:
+    """Queries that were selected since they were last put to anyone."""
+    asked = {question.query_id for question in store.questions()}
+    rounds = [n for n in run.rounds if (run.round(n) / "queries.parquet").is_file()]
+    return sum(q.query_id not in asked for n in rounds for q in questions_of_round(run.round(n)))
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def label(
         typer.Option("--safety/--no-safety", help="People, judge: ratings say safe or unsafe; default: cost models."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="People: where to listen, 127.0.0.1; others need --login.")] = None,
-    port: Annotated[int | None, typer.Option(help="People: 8000; 0 takes a free one.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="People: 8000; 0 takes a free one.")] = None,
     login: Annotated[bool | None, typer.Option("--login", help="People: by personal links of `invite` only.")] = None,
     https: Annotated[
         bool | None, typer.Option("--https", help="People: behind HTTPS; cookies go nowhere else.")
@@ -105,6 +105,8 @@ def label(
         reward = _reward(given)
         found = labelling.label_by_simulated(run, reward, _simulated(given, reward), **common, progress=progress)
     say(found, as_json, _annotated_lines(found))
+    if found["stopped"]:
+        raise typer.Exit(130 if found["stopped"] == "interrupted" else 1)
 
 
 def _check_options(annotator: Who, given: dict[str, Any]) -> None:
@@ -356,7 +358,10 @@ def status(run: RunFolder, store: StoreUrl = None, as_json: Json = False) -> Non
 
     found = state_of(run, store=store)
     lines = [f"{name}: done {finished}" for name, finished in found["stages"].items()]
-    say(found, as_json, lines + _label_lines(found["labels"]))
+    lines += _label_lines(found["labels"])
+    if found["unasked"]:
+        lines.append(f"selected since, and not asked yet: {found['unasked']:,}; `dissonance label` asks them")
+    say(found, as_json, lines)
 
 
 def _label_lines(labels: dict[str, Any] | None) -> list[str]:

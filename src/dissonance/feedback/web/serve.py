@@ -1,5 +1,6 @@
 """Running the server until it is told to stop."""
 
+import gc
 import logging
 import signal
 import socket
@@ -52,6 +53,9 @@ def serve(
     )
     with _listen(host, port) as listener:
         server = _Server(config, lambda: ready(_url(host, listener)))
+        # What the libraries made on loading stays: walking over it in every full collection would hold up requests.
+        gc.collect()
+        gc.freeze()
         with _ended_by_signals(server):
             server.run([listener])
 
