@@ -214,6 +214,8 @@ def _text(path: Path | None, option: str) -> str:
 
 def _annotated_lines(found: dict[str, Any]) -> list[str]:
     lines = [f"{found['annotator']}: {found['answered']:,} answered, {found['left']:,} left"]
+    if not (found["answered"] or found["left"]):
+        lines.append("every query has as many answers as are wanted: --overlap asks for more")
     if found["stopped"]:
         lines.append(f"stopped: {found['reason']}")
     if (judge := found.get("judge")) is not None:
@@ -241,6 +243,8 @@ def invite(
     """
     from dissonance.labelling import invite as make
 
+    if not url.startswith(("http://", "https://")):
+        raise SettingsError(f"--url is {url!r}: write it as https://labels.example.org")
     link = f"{url.rstrip('/')}/join#{make(run, name, role=role, days=days, store=store)}"
     say({"name": name, "role": role, "link": link}, as_json, [link])
 
@@ -357,7 +361,7 @@ def status(run: RunFolder, store: StoreUrl = None, as_json: Json = False) -> Non
     from dissonance.labelling import status as state_of
 
     found = state_of(run, store=store)
-    lines = [f"{name}: done {finished}" for name, finished in found["stages"].items()]
+    lines = [f"{name}: done {finished}" for name, finished in found["stages"].items() if name != "label"]
     lines += _label_lines(found["labels"])
     if found["unasked"]:
         lines.append(f"selected since, and not asked yet: {found['unasked']:,}; `dissonance label` asks them")
@@ -376,6 +380,24 @@ def _label_lines(labels: dict[str, Any] | None) -> list[str]:
             agreement["reason"] if alpha is None else f"{alpha['mean']:.2f} ({alpha['low']:.2f} to {alpha['high']:.2f})"
         )
         lines.append(f"Krippendorff's alpha, {kind}: {said}")
-    if labels["n_unsettled"]:
-        lines.append(f"disagreements to settle: {labels['n_unsettled']:,}")
-    return lines
+    lines += [_annotator_line(annotator) for annotator in labels["annotators"]]
+    counts = {
+        "disagreements to settle": labels["n_unsettled"],
+        "flags and notes": labels["n_remarks"],
+        "prompts whose preferences run in a circle": len(labels["conflicts"]["cyclic"]),
+    }
+    return lines + [f"{what}: {count:,}" for what, count in counts.items() if count]
+
+
+def _annotator_line(annotator: dict[str, Any]) -> str:
+    parts = [f"{annotator['answers']:,} answers"]
+    if annotator["kind"] == "person" and annotator["per_hour"] is not None:
+        parts.append(f"{annotator['per_hour']:,.0f} an hour")
+    for key, what in {
+        "left_share": "left is better",
+        "gold_accuracy": "known answers right",
+        "majority_agreement": "agrees with the others",
+    }.items():
+        if (share := annotator[key]) is not None:
+            parts.append(f"{what} {share['mean']:.0%} ({share['low']:.0%} to {share['high']:.0%})")
+    return f"{annotator['name']}: {', '.join(parts)}"

@@ -54,7 +54,7 @@ LABELS_LEFT_OUT: Mapping[str, str] = {
     "excluded": "labels of annotators that were not asked for",
     "gold": "labels of gold questions",
     "unknown_query": "labels of queries that are not there",
-    "outweighed": "labels of queries that a lead has settled otherwise",
+    "outweighed": "labels of queries that a lead has settled",
 }
 """Why labels give no pair."""
 COMPARISONS_LEFT_OUT: Mapping[str, str] = {
