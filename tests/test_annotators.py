@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from dissonance.errors import DataError, SettingsError
+from dissonance.errors import DataError, SettingsError, StoreError
+from dissonance.feedback.annotators import run
 from dissonance.feedback.annotators.budget import BudgetSpentError
 from dissonance.feedback.annotators.gold import GoldAnnotator, GoldSettings, Rewards, ranks_by, score_questions
 from dissonance.feedback.annotators.run import annotate, label_key
 from dissonance.feedback.annotators.simulated import SimulatedAnnotator, SimulatedSettings
 from dissonance.feedback.schema import leases
-from dissonance.feedback.store import Store
+from dissonance.feedback.store import LEASE_SECONDS, Store
 from dissonance.records import Answer, Message, Question, Reward
 
 CUTS = (-1.5, -0.5, 0.5, 1.5)
@@ -220,8 +222,134 @@ def test_progress_counts_what_waits_for_this_annotator(store):
     assert "pairwise-99" not in said(store)  # gold questions are for people
 
 
+def test_what_is_not_for_this_annotator_does_not_wait_for_it(store):
+    judge, person = store.annotator("judge", "judge"), store.annotator("anna")
+    for i in range(3):
+        store.record(judge.annotator_id, f"pairwise-{i}", FIRST, key=f"key {i}")
+    assert store.check_sample("judge", 2) == 2  # asked of people only
+    held = store.lease_many(person.annotator_id, 5)  # two of them those
+    totals = []
+
+    @contextmanager
+    def bar(_label, total, _unit):
+        totals.append(total)
+        yield totals.append
+
+    done = annotate(store, Scripted(lambda q: FIRST), bar)
+    assert (done.answered, done.left) == (34, 0)
+    assert totals == [34, *[1] * 34]
+    assert not {lease.question.query_id for lease in held} & {
+        label.query_id for label in store.labels() if label.annotator == "scripted"
+    }
+
+
+# -- leases ----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds since 1970, when a test says so."""
+
+    def __init__(self):
+        self.now = 1e9
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def clocked(tmp_path, clock):
+    with Store.open(tmp_path / "db", "run", clock) as store:
+        store.add_questions([question(i) for i in range(40)])
+        yield store
+
+
+@pytest.mark.parametrize("concurrency", [1, 5])
+def test_few_questions_are_leased_at_a_time(store, concurrency):
+    held, lock = [], threading.Lock()
+
+    def answer(_question):
+        with lock:
+            held.append(len(open_leases(store)))
+        return FIRST
+
+    annotate(store, Scripted(answer, concurrency=concurrency))
+    assert max(held) <= 3 * concurrency
+
+
+def test_a_question_whose_lease_ran_out_is_not_asked_while_someone_else_has_it(clocked, clock):
+    anna, theirs, asked = clocked.annotator("anna"), [], []
+
+    def answer(q):
+        asked.append(q.query_id)
+        if len(asked) == 1:
+            clock.now += LEASE_SECONDS + 1
+            theirs.extend(lease.question.query_id for lease in clocked.lease_many(anna.annotator_id, 4))
+        return FIRST
+
+    done = annotate(clocked, Scripted(answer))
+    assert theirs == [f"pairwise-{i}" for i in range(4)]
+    assert set(asked) & set(theirs) == {"pairwise-0"}  # which was under way
+    assert sorted(asked) == sorted(set(asked))
+    assert (done.answered, done.left) == (37, 0)
+
+
+def test_leases_are_renewed_while_an_annotator_thinks(clocked, clock, monkeypatch):
+    monkeypatch.setattr(run, "_RENEW_EVERY", 0.01)
+    anna, renewed, theirs = clocked.annotator("anna"), threading.Event(), []
+    lease_many = clocked.lease_many
+
+    def watched(annotator_id, count, **options):
+        given = lease_many(annotator_id, count, **options)
+        renewed.set()
+        return given
+
+    monkeypatch.setattr(clocked, "lease_many", watched)
+
+    def answer(q):
+        if q.query_id == "pairwise-0":
+            for _ in range(3):  # longer in all than a lease
+                clock.now += 0.6 * LEASE_SECONDS
+                for _ in range(2):  # one may have begun before the clock went on
+                    renewed.clear()
+                    assert renewed.wait(20)
+            theirs.append(lease_many(anna.annotator_id, 1)[0].question.query_id)
+        return FIRST
+
+    done = annotate(clocked, Scripted(answer))
+    assert theirs == ["pairwise-3"]  # 0 is under way, 1 and 2 are next
+    assert done.answered == 39
+
+
+def test_a_store_that_fails_between_two_questions_loses_no_answer(store, monkeypatch):
+    lease_many, calls = store.lease_many, []
+
+    def failing(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise StoreError("full")
+        return lease_many(*args, **options)
+
+    monkeypatch.setattr(store, "lease_many", failing)
+    together = threading.Barrier(2)
+    asked = []
+
+    def answer(q):
+        together.wait(20)
+        asked.append(q.query_id)
+        return FIRST
+
+    with pytest.raises(StoreError, match="full"):
+        annotate(store, Scripted(answer, concurrency=2))
+    assert len(store.labels()) == len(asked) >= 4
+
+
 @both
-def test_one_process_per_annotator(store, where):
+def test_one_process_per_annotator(store, where, tmp_path):
     entered, leave = threading.Event(), threading.Event()
 
     def answer(q):
@@ -240,6 +368,47 @@ def test_one_process_per_annotator(store, where):
     leave.set()
     thread.join()
     assert annotate(store, Scripted(lambda q: FIRST)).left == 0  # and the next one may
+    assert list(tmp_path.glob("*.lock")) == []
+
+
+def test_no_two_of_many_are_the_same_annotator_at_once(tmp_path):
+    """Taking and removing the lock file, over and over: two who hold it at once would be two annotators."""
+    path, inside, together = tmp_path / "db", [], []
+    with ExitStack() as stack:
+        stores = [stack.enter_context(Store.open(path, "run")) for _ in range(4)]
+        person = stores[0].annotator("scripted", "simulated")
+
+        def come_and_go(store):
+            for _ in range(40):
+                with suppress(SettingsError), run._alone(store, person):
+                    inside.append(1)
+                    together.append(len(inside))
+                    inside.pop()
+
+        threads = [threading.Thread(target=come_and_go, args=(store,)) for store in stores]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert len(together) >= 40
+    assert set(together) == {1}
+    assert list(tmp_path.glob("*.lock")) == []
+
+
+def test_the_lock_file_is_removed_while_nobody_can_take_it(store, where, monkeypatch):
+    unlink, removed = Path.unlink, []
+
+    def watched(path, **options):
+        if path.suffix == ".lock":
+            with pytest.raises(StoreError), other.writing():  # whoever takes it holds the store to do so
+                pass
+            removed.append(path)
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    with Store.open(where, "run", busy_seconds=0.05) as other:
+        annotate(store, Scripted(lambda q: FIRST))
+    assert len(removed) == 1
 
 
 @both
@@ -337,6 +506,16 @@ def test_another_setting_needs_another_name(store):
     annotate(store, GoldAnnotator(GoldSettings(), rewards))
     with pytest.raises(SettingsError, match="'gold' has answered with other settings before"):
         annotate(store, GoldAnnotator(GoldSettings(tie_margin=0.1), rewards))
+
+
+def test_settings_that_nothing_was_answered_with_bind_nobody(store):
+    rewards = score_questions(NumberReward(), store.questions())
+    typo = GoldAnnotator(GoldSettings(tie_margin=5.0), rewards)
+    typo.answer = lambda q: None
+    assert annotate(store, typo).failed == 40
+    annotate(store, GoldAnnotator(GoldSettings(), rewards))
+    with pytest.raises(SettingsError, match="'gold' has answered with other settings before"):
+        annotate(store, typo)
 
 
 # -- simulated -------------------------------------------------------------------------------------------------------

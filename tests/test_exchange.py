@@ -16,14 +16,15 @@ from dissonance.errors import DataError, SettingsError
 from dissonance.feedback.aggregate import PreferencePair
 from dissonance.feedback.exchange import (
     FORMATS,
-    detect_format,
     import_labels,
     write_argilla,
     write_csv,
     write_label_studio,
     write_preferences,
 )
-from dissonance.feedback.exchange.asked import blind_order
+from dissonance.feedback.exchange.asked import Asked, blind_order
+from dissonance.feedback.exchange.reading import read_rows
+from dissonance.feedback.exchange.tables import parse_csv_row
 from dissonance.feedback.store import Store
 from dissonance.records import Answer, Label, Message, Question
 
@@ -339,6 +340,65 @@ def test_two_completions_of_one_text_are_told_apart_by_their_ids(tmp_path):
         assert store.labels()[0].answer == Answer("second")
 
 
+@pytest.mark.parametrize(
+    ("tie", "answer"),
+    [
+        (True, "tie"), ("True", "tie"), ("yes", "tie"), ("1", "tie"),
+        (False, "second"), (None, "second"), ("False", "second"), ("no", "second"), ("", "second"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".json", ".csv"])
+def test_a_tie_is_a_truth_or_a_word_for_one(tie, answer, suffix, store, tmp_path):
+    row = {"prompt": "What is 2 + 2?", "chosen": "fünf 🙂", "rejected": "vier", "tie": tie}
+    path = csv_file(tmp_path, row)
+    if suffix == ".json":
+        path.write_text(json.dumps([row]))
+    import_labels(store, path, annotator="lab")
+    assert said(store.labels()) == {("lab", "flip"): (Answer(answer), "")}
+
+
+def test_one_pair_of_texts_asked_about_twice_needs_its_ids(store, tmp_path):
+    again = replace(BY_ID["flip"], query_id="again", prompt_id="p3", completion_ids=(7, 8))
+    store.add_questions([*QUESTIONS, again])
+    path = tmp_path / "out.json"
+    row = {"prompt": "What is 2 + 2?", "chosen": "vier", "rejected": "fünf 🙂"}
+    other = {"prompt_id": "elsewhere", "chosen_id": 7, "rejected_id": 8}
+    for unclear in (row, row | other):
+        path.write_text(json.dumps([unclear]))
+        with pytest.raises(DataError, match=r"record 1: .*'vier'.* asked about more than once \(flip, again\): add"):
+            import_labels(store, path, annotator="lab")
+    assert store.labels() == []
+    path.write_text(json.dumps([row | {"prompt_id": "p3", "chosen_id": 7, "rejected_id": 8}]))
+    import_labels(store, path, annotator="lab")
+    import_labels(
+        store, csv_file(tmp_path, row | {"prompt_id": "p2", "chosen_id": 0, "rejected_id": 1}), annotator="csv"
+    )
+    assert said(store.labels()) == {("lab", "again"): (Answer("first"), ""), ("csv", "flip"): (Answer("first"), "")}
+
+
+BAD_PREFERENCES = [
+    ({"tie": "perhaps"}, "unknown value of tie 'perhaps': use one of yes, no"),
+    ({"tie": 2}, "tie is 2: it must be"),
+    ({"tie": [True]}, "tie is .True.: it must be"),
+    ({"chosen_id": [1]}, "chosen_id is .1.: it must be a whole number"),
+    ({"rejected_id": {}}, "rejected_id is {}: it must be a whole number"),
+    ({"chosen_id": True}, "chosen_id is True: it must be a whole number"),
+    ({"chosen_id": "one"}, "chosen_id is 'one'"),
+    ({"annotator": {}}, "the annotator is {}: it must be text"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD_PREFERENCES)
+def test_a_wrong_preference_is_named(wrong, message, store, tmp_path):
+    path = tmp_path / "out.json"
+    row = {"prompt": "What is 2 + 2?", "chosen": "vier", "rejected": "fünf 🙂", "annotator": "lab"}
+    path.write_text(json.dumps([row, row | wrong]))
+    with pytest.raises(DataError, match=message) as caught:
+        import_labels(store, path)
+    assert str(caught.value).startswith(f"{path} record 2: ")
+    assert store.labels() == []
+
+
 # -- CSV -------------------------------------------------------------------------------------------------------------
 
 
@@ -359,13 +419,46 @@ def test_csv_may_name_completions_in_its_own_order(store, tmp_path):
         {"prompt_id": "p2", "completion_ids": "4,2,0", "annotator": "anna", "ranks": "1,2,3"},
         {"prompt_id": "p1", "completion_ids": "2", "annotator": "anna", "safe": "No"},
     )
-    assert detect_format(path) == "csv"
-    import_labels(store, path)
+    assert import_labels(store, path).format == "csv"
     assert said(store.labels()) == {
         ("anna", "pair"): (Answer("second"), ""),
         ("anna", "rank"): (Answer(ranks=(3, 1, 2)), ""),
         ("anna", "rate"): (Answer(safe=False), ""),
     }
+
+
+def test_names_are_read_as_they_stand(tmp_path):
+    odd = Question(" pair\t", "\tp ", "pairwise", CONVERSATION, (3, 0), ("a", "b"))
+    written = label(odd.query_id, Answer("tie"), " anna ", note=" as it is ")
+    write_csv(tmp_path / "out.csv", [written], [odd])
+    by_ids = {"prompt_id": "\tp ", "completion_ids": " 3,0 ", "annotator": "ben", "choice": " tie "}
+    rows = [row for _, row in read_rows(tmp_path / "out.csv")] + [by_ids]
+    read = [one for row in rows for one in parse_csv_row(row, Asked([odd])).said]
+    assert [(one.question, one.annotator, one.note) for one in read] == [
+        (odd, " anna ", " as it is "),
+        (odd, "ben", ""),
+    ]
+    for changed in ({"prompt_id": "p"}, {"query_id": "pair"}):
+        with pytest.raises(DataError, match="this run asked no"):
+            parse_csv_row(by_ids | changed, Asked([odd]))
+
+
+@pytest.mark.parametrize("name", [" anna", "anna ", "\u3000anna"])
+def test_a_name_with_blanks_around_it_is_no_name(name, store, tmp_path):
+    path = csv_file(tmp_path, {"query_id": "pair", "annotator": name, "choice": "tie"})
+    with pytest.raises(DataError, match=r"labels\.csv:2: .*anna.* is no annotator's name"):
+        import_labels(store, path)
+    assert store.annotators() == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"rating": 4}, "rating is 4"), ({"note": None}, "note is None"), ({"query_id": 1}, "is 1")]
+)
+def test_a_cell_that_is_no_text_is_named(wrong, message, store, tmp_path):
+    path = tmp_path / "cells.json"
+    path.write_text(json.dumps([{"query_id": "rate", "annotator": "anna", "rating": "4", "other": None} | wrong]))
+    with pytest.raises(DataError, match=rf"cells\.json record 1: .*{message}: it must be text"):
+        import_labels(store, path, file_format="csv")
 
 
 def test_a_note_that_looks_like_a_formula_is_text_in_a_spreadsheet(tmp_path):
@@ -378,8 +471,8 @@ def test_a_note_that_looks_like_a_formula_is_text_in_a_spreadsheet(tmp_path):
 
 def test_a_person_in_the_store_stays_a_person(store, tmp_path):
     store.annotator("anna", "person", "lead")
-    path = csv_file(tmp_path, {"query_id": "pair", "annotator": "a.", "choice": "tie"})
-    import_labels(store, path, rename={"a.": "anna"})
+    path = csv_file(tmp_path, {"query_id": "pair", "annotator": "anna", "choice": "tie"})
+    import_labels(store, path)
     assert [(p.name, p.kind, p.role) for p in store.annotators()] == [("anna", "person", "lead")]
     assert store.labels()[0].annotator_kind == "person"
 
@@ -409,6 +502,7 @@ BAD_CSV = [
     ({"query_id": "", "prompt_id": "p1", "completion_ids": "1,2", "choice": "tie"}, "asked nothing about completions"),
     ({"completion_ids": "3,1", "choice": "tie"}, "is about completions 3, 0, not 3, 1"),
     ({"shown": "3", "choice": "tie"}, "shows completions 3, 0"),
+    ({"shown": "3," + "1" * 5000, "choice": "tie"}, "shows completions 3, 0"),
     ({"note": "hm"}, "the row says nothing"),
     ({"choice": "skip", "rating": "3"}, "skips and answers at once"),
     ({"choice": "tie", "seconds": "soon"}, "seconds is 'soon'"),
@@ -464,14 +558,14 @@ def test_label_studios_users_answer_in_the_order_they_saw(store, tmp_path):
         annotation("Both are bad", 2, updated_at="2026-01-02"),
         annotation("They are equally good", 2, updated_at="2026-01-01"),
     ]
-    report = import_tasks(store, tmp_path, rows, rename={"label-studio user 2": "ben"})
-    assert report.annotators == ("ben", "cy@example.org")
+    report = import_tasks(store, tmp_path, rows)
+    assert report.annotators == ("cy@example.org", "label-studio user 2")
     order = blind_order(BY_ID["pair"])
     by_name = {one.annotator: one for one in store.labels()}
     assert by_name["cy@example.org"].answer == Answer("first" if order[0] == 3 else "second")
     assert by_name["cy@example.org"].shown == order
     assert by_name["cy@example.org"].seconds == 3.5
-    assert by_name["ben"].answer == Answer("both_bad")
+    assert by_name["label-studio user 2"].answer == Answer("both_bad")
 
 
 def test_what_was_changed_in_label_studio_is_its_editors(store, tmp_path):
@@ -512,6 +606,11 @@ BAD_TASKS = [
     (lambda t: t.update(annotations=[{"result": [1], "completed_by": 1}]), "must be a list of objects with a value"),
     (lambda t: t.update(annotations={}), "annotations is {}: it must be a list"),
     (lambda t: t["annotations"][0]["result"][0].update(from_name="stars"), "'stars', but no answer"),
+    (lambda t: t["annotations"][0].update(lead_time=10**400), "lead_time is 1000.*: write a number from 0 up"),
+    (lambda t: t["annotations"][0].update(lead_time=-1), "lead_time is -1"),
+    (lambda t: t["annotations"][0].update(lead_time=math.inf), "lead_time is inf"),
+    (lambda t: t["annotations"][0].update(lead_time="2 min"), "lead_time is '2 min'"),
+    (lambda t: t["annotations"][0].update(completed_by=10**400), "is no annotator's name"),
 ]
 
 
@@ -532,6 +631,11 @@ BAD_RECORDS = [
     (lambda r: r.update(responses={"rating": 4}), "the responses to 'rating' are 4"),
     (lambda r: r.update(responses={"note": [{"value": "x", "user_id": "u"}]}), "no whole answer"),
     (lambda r: r.update(metadata=[1]), "metadata is"),
+    (lambda r: r["metadata"].update(annotators=5), "metadata.annotators is 5: it must be a list"),
+    (lambda r: r["metadata"].update(annotators="anna"), "metadata.annotators is 'anna': it must be a list"),
+    (lambda r: r["metadata"].update(annotators=[[]]), "an annotator is .*: it must be text"),
+    (lambda r: r.update(suggestions={"rating": {"value": 3, "agent": {}}}), "agent is {}: it must be text"),
+    (lambda r: r.update(suggestions={"rating": {"value": 3, "agent": [1]}}), "agent is .1.: it must be text"),
 ]
 
 
@@ -583,6 +687,8 @@ BAD_FILES = [
     (b'query_id,annotator\n"pair,anna\n', "not valid CSV"),
     (b"id,annotator,annotation_id\n1,1,1\n", "Label Studio's CSV leaves out"),
     (b"[" * 100_000, "not valid JSON at|nested too deep"),
+    (b'[\n{"id": ' + b"1" * 5000 + b"}]", r"labels\.bin:2: .*a number of more than 4300 digits"),
+    (b'{}\n{"id": ' + b"1" * 5000 + b"}", r"labels\.bin:2: .*a number of more than 4300 digits"),
 ]
 
 
@@ -598,10 +704,30 @@ def test_a_file_that_is_no_labels_is_one_line(content, message, store, tmp_path)
 
 def test_a_missing_file_and_an_unknown_format(store, tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
-        detect_format(tmp_path / "none.json")
+        import_labels(store, tmp_path / "none.json")
     with pytest.raises(DataError, match="unknown format 'xml'"):
         import_labels(store, tmp_path, file_format="xml")
     assert FORMATS == ("trl", "argilla", "label-studio", "csv")
+
+
+NESTS = [
+    "[{}]",
+    '[{{"id": {}, "fields": {{}}, "responses": {{}}}}]',
+    '[{{"data": {{"query_id": {}}}, "annotations": []}}]',
+    '[{{"prompt": {}, "chosen": "a", "rejected": "b"}}]',
+]
+
+
+@pytest.mark.parametrize("nest", NESTS)
+def test_nesting_that_json_can_just_hold_is_one_line(nest, store, tmp_path):
+    # Whatever follows on reading takes a few levels more or fewer than reading itself.
+    path = tmp_path / "deep.json"
+    for depth in range(850, 1000, 5):
+        path.write_text(nest.format("[" * depth + "]" * depth))
+        with pytest.raises(DataError) as caught:
+            import_labels(store, path, annotator="x")
+        assert str(caught.value).startswith(str(path))
+        assert len(str(caught.value)) < len(str(path)) + 250
 
 
 KEYS = [

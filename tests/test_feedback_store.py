@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -28,9 +29,12 @@ from sqlalchemy.exc import DBAPIError
 
 from dissonance.errors import DataError, StoreError
 from dissonance.feedback import database
+from dissonance.feedback.access import invite, person_of_token, revoke_tokens
+from dissonance.feedback.aggregate import aggregate
 from dissonance.feedback.rows import answer_from_json, answer_to_json
 from dissonance.feedback.schema import events, labels, leases, metadata, queries
 from dissonance.feedback.store import Lease, Person, Progress, Store
+from dissonance.feedback.votes import independent
 from dissonance.records import Answer, Message, Question
 
 FIRST, SECOND, TIE, SKIP = Answer("first"), Answer("second"), Answer("tie"), Answer()
@@ -243,6 +247,41 @@ def test_a_changed_overlap_opens_and_closes(store, ann, bob):
     assert store.progress() == Progress(2, 2, 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"messages": (Message("user", "something else"),)}, "other messages"),
+        ({"completions": ("text 3", "drawn anew")}, "other completions"),
+        ({"completions": ("text 1", "text 3")}, "other completions"),
+        ({"completion_ids": (3, 2)}, "other completions"),
+        ({"kind": "ranking"}, "another kind"),
+    ],
+)
+def test_other_texts_never_inherit_the_labels(store, ann, change, said):
+    store.add_questions(numbered(2))
+    label = say(store, ann, "q01")
+    other = replace(question("q01"), **change)
+    for call in (
+        lambda: store.add_questions([question("q00"), other]),
+        lambda: store.add_questions([question("new"), other], round_number=1),
+        lambda: store.add_gold([(question("new"), FIRST, ""), (other, FIRST, "")]),
+    ):
+        one_line(DataError, call, "query 'q01' is in the store with", said, "use another store")
+    assert store.questions() == numbered(2)
+    assert store.labels() == [label]
+    assert store.gold() == {}
+
+
+def test_the_same_question_with_its_completions_in_another_order(store, ann):
+    store.add_questions(numbered(1))
+    label = say(store, ann, "q00")
+    turned = replace(question("q00"), completion_ids=(1, 3), completions=("text 1", "text 3"))
+    assert store.add_questions([turned], round_number=1) == 0
+    assert store.questions() == numbered(1)  # so that first and second mean what they did
+    assert store.labels() == [label]
+    one_line(DataError, lambda: store.add_gold([(turned, FIRST, "")]), "its completions in another order")
+
+
 def test_questions_that_cannot_be_stored(store):
     with pytest.raises(DataError, match="overlap is 0"):
         store.add_questions(numbered(1), overlap=0)
@@ -289,13 +328,40 @@ def test_answers_to_json_and_back(answer):
 def test_the_same_key_is_stored_once(store, ann, bob):
     store.add_questions(numbered(2), overlap=2)
     first = say(store, ann, "q00", key="k")
-    assert say(store, ann, "q00", key="k", note="sent again") == first
+    assert say(store, ann, "q00", key="k", seconds=9.0) == first  # sent again, some time later
     say(store, ann, "q00", SECOND, key="k2")
     assert say(store, ann, "q00", key="k") == first  # a straggler
-    for who, name, answer in ((bob, "q00", FIRST), (ann, "q01", FIRST), (ann, "q00", SECOND)):
-        with pytest.raises(DataError, match="the key 'k' belongs to another answer: use a new key"):
-            say(store, who, name, answer, key="k")
     assert len(store.labels(current=False)) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"query_id": "q01"},
+        {"answer": SECOND},
+        {"note": "and this"},
+        {"flagged": True},
+        {"adjudicated": True},
+        {"shown": (1, 3)},
+        {"shown": ()},
+    ],
+    ids=str,
+)
+def test_a_key_sent_again_with_anything_else_is_refused(store, ann, other):
+    store.add_questions(numbered(2))
+    said = {"who": ann, "query_id": "q00", "answer": FIRST, "key": "k", "note": "this", "shown": (3, 1)}
+    first = say(store, **said)
+    with pytest.raises(DataError, match="the key 'k' belongs to another answer: use a new key"):
+        say(store, **said | other)
+    assert store.labels(current=False) == [first]
+
+
+def test_nobody_takes_another_ones_key(store, ann, bob):
+    store.add_questions(numbered(2), overlap=2)
+    one, other = say(store, ann, "q00", key="k"), say(store, bob, "q01", SECOND, key="k")
+    assert one.label_id != other.label_id
+    assert [say(store, ann, "q00", key="k"), say(store, bob, "q01", SECOND, key="k")] == [one, other]
+    assert store.labels(current=False) == [one, other]
 
 
 def test_corrections_form_a_chain(store, ann, bob):
@@ -362,10 +428,65 @@ def test_a_lead_settles_a_query_that_she_did_not_lease(store, ann, bob):
     assert label.adjudicated
     assert store.progress() == Progress(2, 1, 5, 2)  # closed with two answers; the other one wants three
     assert asked(store, bob) == "q01"
-    say(store, lead, "q00", SECOND)  # taken back: her answer, but no more than that
-    assert store.progress() == Progress(2, 0, 6, 2)
-    say(store, lead, "q00", SKIP, adjudicated=True)
+    say(store, lead, "q00", SKIP, adjudicated=True)  # taken back
     assert store.progress() == Progress(2, 0, 6, 1)
+
+
+def test_what_a_lead_settles_stands_beside_what_she_said(store, ann):
+    lead = store.annotator("lea", role="lead").annotator_id
+    store.add_questions(numbered(2), overlap=3)
+    theirs, blind = say(store, ann, "q00"), say(store, lead, "q00", TIE)
+    settled = say(store, lead, "q00", SECOND, adjudicated=True)
+    assert settled.supersedes is None
+    assert store.labels() == [theirs, blind, settled]
+    assert store.progress() == Progress(2, 1, 5, 2)  # she has answered once
+    assert [store.last_label(lead), store.last_label(lead, before=settled.label_id)] == [blind, blind]
+    again = say(store, lead, "q00", FIRST, adjudicated=True)
+    corrected = say(store, lead, "q00", SECOND)
+    assert (again.supersedes, corrected.supersedes) == (settled.label_id, blind.label_id)
+    assert store.labels() == [theirs, again, corrected]
+    assert store.last_label(lead) == corrected
+    assert work(store, lead) == ["q01"]
+    say(store, lead, "q00", SKIP, adjudicated=True)  # taken back: her answer remains
+    assert store.progress() == Progress(2, 0, 6, 3)
+
+
+def test_a_lead_who_only_settles_has_nothing_to_undo_and_is_asked_no_more(store, ann):
+    lead = store.annotator("lea", role="lead").annotator_id
+    store.add_questions(numbered(1), overlap=3)
+    say(store, lead, "q00", adjudicated=True)
+    assert store.last_label(lead) is None
+    say(store, lead, "q00", SKIP, adjudicated=True)
+    assert store.progress() == Progress(1, 0, 3, 0)
+    assert asked(store, lead) is None
+    assert asked(store, ann) == "q00"
+
+
+def test_a_lead_who_answers_and_settles_is_one_of_those_wanted(store, ann, bob):
+    lead = store.annotator("lea", role="lead").annotator_id
+    store.add_questions(numbered(1), overlap=2)
+    say(store, lead, "q00", adjudicated=True)
+    say(store, lead, "q00")
+    say(store, lead, "q00", SKIP, adjudicated=True)
+    assert store.progress() == Progress(1, 0, 2, 1)
+    assert work(store, ann) == ["q00"]
+    assert asked(store, bob) is None
+
+
+@pytest.mark.parametrize("method", ["majority", "dawid_skene"])
+def test_agreement_keeps_what_a_lead_said_blind_and_the_settlement_outweighs_it(store, ann, bob, method):
+    lead = store.annotator("lea", role="lead").annotator_id
+    store.add_questions(numbered(8), overlap=3)
+    for who in (ann, bob, lead):
+        work(store, who)
+    say(store, bob, "q00", SECOND)
+    say(store, lead, "q00", SECOND, adjudicated=True)
+    given, asked_about = store.labels(), {q.query_id: q for q in store.questions()}
+    counted = [(label.annotator, label.answer) for label in independent(given, ()) if label.query_id == "q00"]
+    assert counted == [("ann", FIRST), ("lea", FIRST), ("bob", SECOND)]
+    found = aggregate(given, asked_about, {}, method=method)
+    preferred = {pair.prompt_id: (pair.chosen_id, pair.rejected_id) for pair in found.pairs}
+    assert preferred == {f"p-q{i:02}": (3, 1) if i else (1, 3) for i in range(8)}
 
 
 # -- gold questions and checks -----------------------------------------------------------------------------------------
@@ -445,13 +566,60 @@ def test_people_check_a_sample_of_what_a_judge_said(store, ann, bob):
     assert len(set(seen)) == 6
     assert work(store, bob) == []
     assert store.progress() == Progress(20, 20, 26, 26)
+    assert store.check_sample("judge", 6, seed=2) == 0  # six were checked
+    assert work(store, bob) == []
     assert store.check_sample("judge", 100) == 14
     assert not set(work(store, bob)) & set(seen)
     assert store.check_sample("judge", 100) == 0
     with pytest.raises(DataError, match="there is no annotator 'x'"):
         store.check_sample("x", 1)
+    with pytest.raises(DataError, match="there is no annotator"):
+        store.check_sample("\ud800", 1)
     with pytest.raises(DataError, match="a sample of -1"):
         store.check_sample("judge", -1)
+
+
+def judged(store, count):
+    """A judge has answered so many queries."""
+    judge = store.annotator("judge", "judge").annotator_id
+    store.add_questions(numbered(count))
+    for lease in store.lease_many(judge, count):
+        say(store, judge, lease.question.query_id)
+
+
+def test_a_sample_drawn_again_is_no_larger(store, ann):
+    judged(store, 20)
+    assert store.check_sample("judge", 6, seed=1) == 6
+    say(store, ann, asked(store, ann))
+    for size, seed, still in ((6, 1, 5), (6, 2, 5), (3, 1, 5), (0, 0, 5), (8, 1, 7), (8, 1, 7)):
+        assert store.check_sample("judge", size, seed) == still
+    assert len(work(store, ann)) == 7
+    assert store.check_sample("judge", 8, seed=3) == 0
+    assert store.progress() == Progress(20, 20, 28, 28)
+
+
+def test_what_one_judge_is_checked_on_is_no_part_of_the_sample_of_another(store, ann):
+    judged(store, 4)
+    other = store.annotator("other judge", "judge").annotator_id
+    store.add_questions([question("more 1"), question("more 2")], round_number=1)
+    for lease in store.lease_many(other, 2):
+        say(store, other, lease.question.query_id)
+    assert store.check_sample("judge", 2) == 2
+    assert store.check_sample("other judge", 2) == 2
+    assert len(work(store, ann)) == 4
+
+
+@pytest.mark.parametrize("overlap", [None, 1, 2, 3])
+def test_an_overlap_never_takes_checks_from_people(store, ann, bob, overlap):
+    judged(store, 3)
+    assert store.check_sample("judge", 2) == 2
+    store.add_questions(numbered(3), overlap=overlap)
+    with store.reading() as connection:
+        rows = connection.execute(select(queries).where(queries.c.people_only)).all()
+    assert [(row.overlap, row.closed_at) for row in rows] == [(max(2, overlap or 0), None)] * 2
+    assert set(work(store, ann)) >= {row.query_id for row in rows}
+    store.add_questions(numbered(3), overlap=overlap)
+    assert (asked(store, bob) is None) == (overlap != 3)
 
 
 def test_a_query_with_more_answers_than_wanted_can_be_checked(store, ann, bob, clock):
@@ -476,9 +644,62 @@ def test_annotators_are_known_by_name_and_kind(store):
     assert store.annotators() == [ann, lea, judge]
     with pytest.raises(DataError, match="'a judge' is a judge, not a person: use another name"):
         store.annotator("a judge")
-    for name in ("", " ", "x" * 201, "a\nb", "\0", "\ud800"):
-        with pytest.raises(DataError, match="is no annotator's name"):
+    for name in ("", " ", "x" * 201, "a\nb", "\0", "\ud800", "ann ", " ann", "\xa0ann", "ann\u3000"):
+        with pytest.raises(DataError, match="is no annotator's name: use 1 to 200 .*, no blank at either end"):
             store.annotator(name)
+    with pytest.raises(DataError, match="unknown role 'boss': use annotator or lead"):
+        store.annotator("eve", role="boss")
+    assert store.annotators() == [ann, lea, judge]
+
+
+def actions(store):
+    with store.reading() as connection:
+        rows = connection.execute(select(events).order_by(events.c.event_id)).all()
+    return [(row.action, row.annotator_id, row.details) for row in rows]
+
+
+def test_a_person_takes_over_the_labels_that_were_imported(store, ann):
+    store.add_questions(numbered(2), overlap=2)
+    cyd = store.annotator("cyd", "import")
+    say(store, cyd.annotator_id, "q00")
+    with pytest.raises(DataError, match="'cyd' is an import, not a judge: use another name"):
+        store.annotator("cyd", "judge")
+    assert store.annotator("cyd", "import") == cyd
+    person = store.annotator("cyd", role="lead")
+    assert person == Person(cyd.annotator_id, "cyd", "person", "lead")
+    assert person in store.annotators()
+    assert store.annotator("cyd") == person
+    happened = ("taken over", cyd.annotator_id, {"name": "cyd", "kind": "person", "role": "lead"})
+    assert actions(store).count(happened) == 1
+    assert [(label.annotator, label.annotator_kind) for label in store.labels()] == [("cyd", "person")]
+    assert work(store, cyd.annotator_id) == ["q01"]
+    with pytest.raises(DataError, match="'cyd' is a person, not an import"):
+        store.annotator("cyd", "import")
+
+
+def test_a_person_is_invited_after_an_import(store):
+    imported = store.annotator("cyd", "import")
+    token = invite(store, "cyd", "lead")
+    assert person_of_token(store, token) == Person(imported.annotator_id, "cyd", "person", "lead")
+
+
+def test_a_role_changes(store, ann, bob):
+    before = store.annotator("ann")
+    lead = store.set_role("ann", "lead")
+    assert lead == replace(before, role="lead")
+    assert store.set_role("ann", "lead") == lead == store.annotator("ann")
+    assert store.annotator("bob").role == "annotator"
+    assert store.set_role("ann", "annotator") == before
+    assert actions(store)[-2:] == [("role", ann, {"role": "lead"}), ("role", ann, {"role": "annotator"})]
+    for name in ("nobody", "\ud800", "\0"):
+        one_line(DataError, lambda name=name: store.set_role(name, "lead"), "there is no annotator")
+    one_line(DataError, lambda: store.set_role("ann", "boss"), "unknown role 'boss': use annotator or lead")
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\0"])
+def test_access_for_a_name_that_is_no_text(store, name):
+    one_line(DataError, lambda: invite(store, name), "is no annotator's name")
+    one_line(DataError, lambda: revoke_tokens(store, name), "there is no annotator")
 
 
 def test_the_audit_trail_names_every_label_once(store, ann, bob):
@@ -515,9 +736,10 @@ def test_the_database_itself_refuses_to_change_a_label(store, ann, table):
 def test_the_database_itself_refuses_what_must_not_be(store, ann):
     store.add_questions(numbered(1))
     label = say(store, ann, "q00")
-    say(store, ann, "q00", SECOND)
+    say(store, ann, "q00", SECOND, key="taken")
     row = {"query_id": "q00", "annotator_id": ann, "answer": {}, "skipped": True, "shown": [], "created_at": 1.0}
-    for wrong in ({"supersedes": label.label_id}, {"supersedes": None}, {"query_id": "x"}, {"annotator_id": 99}):
+    wrongs = [{"supersedes": label.label_id}, {"supersedes": None}, {"query_id": "x"}, {"annotator_id": 99}]
+    for wrong in (*wrongs, {"key": "taken", "adjudicated": True}):
         with pytest.raises(StoreError), store.writing() as connection:
             connection.execute(insert(labels).values(row | {"key": "other"} | wrong))
     assert len(store.labels(current=False)) == 2
@@ -761,20 +983,21 @@ class Asking(RuleBasedStateMachine):
         self.store.add_questions([question(name) for name in self.names], overlap=overlap)
 
     def current(self):
-        return {(person, query): (answer, settled) for person, query, answer, settled, _ in self.labels}
+        return {(person, query, settled): answer for person, query, answer, settled, _ in self.labels}
 
     def answers(self, query):
-        return sum(not answer.skipped for (_, q), (answer, _) in self.current().items() if q == query)
+        return len({p for (p, q, _), answer in self.current().items() if q == query and not answer.skipped})
 
     def is_closed(self, query):
-        said = [value for (_, q), value in self.current().items() if q == query]
-        return self.answers(query) >= self.overlap or any(settled and not a.skipped for a, settled in said)
+        settled = any(s and q == query and not answer.skipped for (_, q, s), answer in self.current().items())
+        return settled or self.answers(query) >= self.overlap
 
     def live(self, query):
         return [p for (p, q), (_, until) in self.leases.items() if q == query and until > self.clock.at]
 
     def expected(self, person):
-        free = [q for q in range(self.QUERIES) if not self.is_closed(q) and (person, q) not in self.current()]
+        seen = {q for p, q, _ in self.current() if p == person}
+        free = [q for q in range(self.QUERIES) if not self.is_closed(q) and q not in seen]
         held = [(self.leases[person, q][0], q) for q in free if person in self.live(q)]
         if held:
             return min(held)[1]
@@ -817,7 +1040,7 @@ class Asking(RuleBasedStateMachine):
     def send_again(self, pick):
         if self.labels:
             person, query, answer, settled, key = pick.choice(self.labels)
-            again = self.store.record(self.people[person], self.names[query], answer, key=key)
+            again = self.store.record(self.people[person], self.names[query], answer, key=key, adjudicated=settled)
             assert (again.answer, again.adjudicated) == (answer, settled)
 
     @rule(seconds=st.sampled_from([1.0, 60.0, 100.0]))
@@ -829,7 +1052,7 @@ class Asking(RuleBasedStateMachine):
         stored = [(label.annotator, label.query_id, label.answer) for label in self.store.labels(current=False)]
         assert stored == [(f"person {p}", self.names[q], answer) for p, q, answer, _, _ in self.labels]
         current = sorted((label.annotator, label.query_id, str(label.answer)) for label in self.store.labels())
-        expected = [(f"person {p}", self.names[q], str(answer)) for (p, q), (answer, _) in self.current().items()]
+        expected = [(f"person {p}", self.names[q], str(answer)) for (p, q, _), answer in self.current().items()]
         assert current == sorted(expected)
 
     @invariant()

@@ -280,7 +280,7 @@ def test_the_api_answers_in_terms_of_completion_ids(tmp_path: Path) -> None:
         assert set(asked) == {
             "query_id", "kind", "messages", "completion_ids", "completions", "shown", "expires_at",
         }  # fmt: skip
-        assert asked["completions"] == ["text 0 of q1", "text 1 of q1"]
+        assert sorted(asked["completions"]) == ["text 0 of q1", "text 1 of q1"]
         body = {"query_id": "q1", "key": "k", "answer": {"choice": "first"}, "shown": [5, 6], "note": "n", "seconds": 3}
         reply = client.post("/api/answers", json=body)
         assert reply.status_code == 200
@@ -308,6 +308,40 @@ def test_the_api_answers_in_terms_of_completion_ids(tmp_path: Path) -> None:
             client.post("/api/answers", content=b"{", headers={"Content-Type": "application/json"}).status_code == 422
         )
         assert len(store.labels(current=False)) == 2
+
+
+def test_the_api_is_as_blind_as_the_page(tmp_path: Path) -> None:
+    best = {"pairwise": "text 0", "ranking": "text 2"}
+    with store_of(tmp_path, *[ask(f"q{i}", "ranking" if i % 2 else "pairwise") for i in range(16)]) as store:
+        client = client_of(store, LOGIN, invite(store, "ann"))
+        orders = set()
+        for i in range(16):
+            asked = client.get("/api/question").json()
+            assert asked["completion_ids"] == asked["shown"]
+            orders.add(tuple(asked["shown"]))
+            assert asked["completions"] == [f"text {6 - one} of {asked['query_id']}" for one in asked["shown"]]
+            good = [text.startswith(best[asked["kind"]]) for text in asked["completions"]]
+            answer = (
+                {"choice": "first" if good[0] else "second"}
+                if asked["kind"] == "pairwise"
+                else {"ranks": [1 if one else 2 for one in good]}
+            )
+            body = {"query_id": asked["query_id"], "key": f"k{i}", "answer": answer, "shown": asked["shown"]}
+            reply = client.post("/api/answers", json=body).json()
+            said = {name: value for name, value in reply["answer"].items() if value is not None}
+            assert (said, reply["shown"]) == (answer, asked["shown"])
+        assert len(orders & {(5, 6), (6, 5)}) == 2
+        assert len(orders) > 4
+        assert {label.answer for label in store.labels()} == {Answer("first"), Answer(ranks=(2, 2, 1, 2))}
+
+
+def test_the_api_refuses_ranks_that_are_not_one_each(tmp_path: Path) -> None:
+    with store_of(tmp_path, ask("k1", "ranking")) as store:
+        client = client_of(store)
+        shown = client.get("/api/question").json()["shown"]
+        body = {"query_id": "k1", "key": "k", "answer": {"ranks": [1, 2, 3]}, "shown": shown}
+        reply = client.post("/api/answers", json=body)
+        assert (reply.status_code, "ranks 4 completions" in reply.json()["detail"]) == (422, True)
 
 
 def test_a_lead_invites_and_revokes_over_the_api(tmp_path: Path) -> None:
@@ -586,6 +620,12 @@ def test_a_port_that_is_taken_is_one_clear_line(tmp_path: Path) -> None:
         for host in ("no.such.host.invalid", "::1%nothing", "x" * 300):
             with pytest.raises(SettingsError, match="cannot listen at"):
                 serve(store, LOGIN, host, 0, lambda _: None)
+
+
+@pytest.mark.parametrize("port", [-1, 65536, 70000, 2**40])
+def test_a_port_that_is_none_is_refused(tmp_path: Path, port: int) -> None:
+    with store_of(tmp_path) as store, pytest.raises(SettingsError, match=f"port {port} is none: use 1 to 65535"):
+        serve(store, LabelSettings(), "127.0.0.1", port, lambda _: pytest.fail("the server listens"))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])  # noqa: S104

@@ -144,15 +144,25 @@ def check_judge(run: Path | str, judge: str, sample: int, *, seed: int = 0, stor
 
 
 def invite(
-    run: Path | str, name: str, *, role: Role = "annotator", days: float | None = None, store: str | None = None
+    run: Path | str, name: str, *, role: Role | None = None, days: float | None = None, store: str | None = None
 ) -> str:
     """Make a personal link's token for a person; it is kept nowhere, so that it can be shown this once.
 
+    Args:
+        run: the run folder.
+        name: whom; earlier links of theirs stay good.
+        role: theirs from now on; by default as it was, annotator at first.
+        days: how long the link is good; by default until it is revoked.
+        store: where the labels are, as in `labels_of`.
+
     Raises:
-        DataError: the name belongs to a model, or to a person with another role.
+        DataError: the name is no name, or belongs to a model.
     """
     with labels_of(run, store) as opened:
-        return access.invite(opened, name, role, days)
+        known = {person.name: person.role for person in opened.annotators() if person.kind == "person"}
+        if role is not None and known.get(name, role) != role:
+            opened.set_role(name, role)
+        return access.invite(opened, name, role or known.get(name, "annotator"), days)
 
 
 def revoke(run: Path | str, name: str, *, store: str | None = None) -> int:

@@ -231,7 +231,9 @@ def _annotated_lines(found: dict[str, Any]) -> list[str]:
 def invite(
     run: RunFolder,
     name: Annotated[str, typer.Argument(help="Whom.")],
-    role: Annotated[Role, typer.Option(help="A lead sees the overview, and settles disagreements.")] = "annotator",
+    role: Annotated[
+        Role | None, typer.Option(help="A lead sees the overview, and settles disagreements; annotator at first.")
+    ] = None,
     days: Annotated[float | None, typer.Option(help="How long the link is good; default: until revoked.")] = None,
     url: Annotated[str, typer.Option(help="The server's address, as people reach it.")] = "http://127.0.0.1:8000",
     store: StoreUrl = None,
@@ -246,7 +248,7 @@ def invite(
     if not url.startswith(("http://", "https://")):
         raise SettingsError(f"--url is {url!r}: write it as https://labels.example.org")
     link = f"{url.rstrip('/')}/join#{make(run, name, role=role, days=days, store=store)}"
-    say({"name": name, "role": role, "link": link}, as_json, [link])
+    say({"name": name, "link": link}, as_json, [link])
 
 
 @app.command()

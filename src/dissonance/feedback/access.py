@@ -12,6 +12,7 @@ import secrets
 from sqlalchemy import BindParameter, Executable, and_, bindparam, insert, or_, select, update
 
 from dissonance.errors import DataError
+from dissonance.feedback.people import find_by_name
 from dissonance.feedback.schema import annotators, sessions, tokens
 from dissonance.feedback.store import Person, Store
 from dissonance.records import Role
@@ -38,6 +39,8 @@ _BY_SESSION = _PEOPLE.join(sessions, sessions.c.token_id == tokens.c.token_id).w
 
 def invite(store: Store, name: str, role: Role = "annotator", days: float | None = None) -> str:
     """Give a person, added if there is none of this name, a token; see `issue_token`.
+
+    Whoever's labels were imported under this name takes it over, in this role.
 
     Raises:
         DataError: the name is no name, or belongs to a model or to a person with another role.
@@ -81,9 +84,7 @@ def revoke_tokens(store: Store, name: str) -> int:
     """
     now = store.now()
     with store.writing() as connection:
-        annotator_id = connection.scalar(select(annotators.c.annotator_id).where(annotators.c.name == name))
-        if annotator_id is None:
-            raise DataError(f"there is no annotator {name!r} in this store")
+        annotator_id = find_by_name(connection, name).annotator_id
         good = and_(tokens.c.annotator_id == annotator_id, tokens.c.revoked_at.is_(None))
         revoked = connection.execute(update(tokens).where(good).values(revoked_at=now)).rowcount
         store.log(connection, "revoked", annotator_id, tokens=revoked)

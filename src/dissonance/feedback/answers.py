@@ -1,4 +1,7 @@
-"""Labels: an answer is recorded once, a correction supersedes the answer before it, and both remain."""
+"""Labels: an answer is recorded once, a correction supersedes the answer before it, and both remain.
+
+What a lead settles supersedes nothing but what they settled before: it stands beside their own answer.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -93,9 +96,10 @@ def _check_fits(connection: Connection, query_id: str, said: Submission) -> None
 
 
 def _label_of_key(connection: Connection, values: Mapping[str, Any]) -> Label:
-    row = connection.execute(_LABELS.where(labels.c.key == values["key"])).one()
-    sent = (values["query_id"], values["annotator_id"], values["answer"])
-    if (row.query_id, row.annotator_id, row.answer) != sent:
+    mine = and_(labels.c.annotator_id == values["annotator_id"], labels.c.key == values["key"])
+    row = connection.execute(_LABELS.where(mine)).one()
+    # How long it took may differ: a clock goes on between two tries.
+    if any(getattr(row, name) != values[name] for name in _SAID):
         raise DataError(f"the key {values['key']!r} belongs to another answer: use a new key for each")
     return label_from_row(row)
 
@@ -106,7 +110,9 @@ def recount(which: ColumnElement[bool], now: float | BindParameter[float]) -> Up
     A query is closed when as many annotators as wanted have answered it, or when a lead has settled it. A gold question
     is for everyone, and never closed.
     """
-    said = select(func.count()).where(labels.c.query_id == queries.c.query_id, ~labels.c.skipped, is_current())
+    # A lead who has answered and then settled it is one who answered.
+    who = select(func.count(labels.c.annotator_id.distinct()))
+    said = who.where(labels.c.query_id == queries.c.query_id, ~labels.c.skipped, is_current())
     answers = said.scalar_subquery()
     settled = said.where(labels.c.adjudicated).scalar_subquery() > 0
     enough = and_(~queries.c.is_gold, or_(answers >= queries.c.overlap, settled))
@@ -134,8 +140,8 @@ def all_labels(connection: Connection, *, current: bool, query_id: str | None = 
 
 
 def last_label(connection: Connection, annotator_id: int, before: int | None) -> Label | None:
-    """This annotator's latest current label, or the latest whose label_id is below `before`."""
-    chosen = _LABELS.where(labels.c.annotator_id == annotator_id, is_current())
+    """See `Store.last_label`."""
+    chosen = _LABELS.where(labels.c.annotator_id == annotator_id, ~labels.c.adjudicated, is_current())
     if before is not None:
         chosen = chosen.where(labels.c.label_id < min(max(before, 0), _LARGEST_ID))
     row = connection.execute(chosen.order_by(labels.c.label_id.desc()).limit(1)).one_or_none()
@@ -143,18 +149,24 @@ def last_label(connection: Connection, annotator_id: int, before: int | None) ->
 
 
 _LABELS = select(labels, annotators.c.name, annotators.c.kind).join(annotators)
+_SAID = ("query_id", "answer", "note", "flagged", "adjudicated", "shown")
+"""What makes two answers of one key the same answer."""
 _ASKED = select(queries).where(queries.c.query_id == bindparam("query")).with_for_update(key_share=True)
 """Its lock puts the answers to a query in a line, and lets those to other queries go on beside it."""
 _RECOUNT_ONE = recount(queries.c.query_id == bindparam("query"), bindparam("now"))
 
 
 def _insert_with(insert: Callable[[Table], Any]) -> Any:
-    """Insert a label that corrects this annotator's last one of the query; nothing where its key is taken."""
+    """Insert a label that corrects this annotator's last one of the query; nothing where its key is taken.
+
+    The last of the same sort: what was settled is corrected by settling it anew, an answer by an answer.
+    """
     before = labels.alias()
-    mine = (before.c.query_id == bindparam("query_id"), before.c.annotator_id == bindparam("annotator_id"))
-    last = select(func.max(before.c.label_id)).where(*mine).scalar_subquery()
+    same = ("query_id", "annotator_id", "adjudicated")
+    mine = and_(*(before.c[name] == bindparam(name) for name in same))
+    last = select(func.max(before.c.label_id)).where(mine).scalar_subquery()
     new = insert(labels).values({c.name: bindparam(c.name, type_=c.type) for c in labels.c if c.name not in _GIVEN})
-    new = new.values(supersedes=last).on_conflict_do_nothing(index_elements=[labels.c.key])
+    new = new.values(supersedes=last).on_conflict_do_nothing(index_elements=[labels.c.annotator_id, labels.c.key])
     return new.returning(labels.c.label_id, labels.c.supersedes)
 
 

@@ -115,7 +115,7 @@ _now: BindParameter[float] = bindparam("now")
 _is_live = and_(leases.c.closed_at.is_(None), leases.c.expires_at > _now)
 _is_asked = and_(queries.c.closed_at.is_(None), queries.c.retired_at.is_(None))
 _is_first = and_(labels.c.annotator_id == _me, labels.c.supersedes.is_(None))
-"""Whoever has answered has one first answer; there is an index of those."""
+"""Whoever has answered has one first answer, and one more who has settled it; there is an index of those."""
 
 
 def _count(table: Table, *conditions: ColumnElement[bool]) -> ScalarSelect[int]:
@@ -153,7 +153,7 @@ _HELD = (
     .limit(bindparam("count"))
 )
 _RENEW = update(leases).where(leases.c.lease_id == bindparam("lease")).values(expires_at=bindparam("until"))
-_ANSWERED = select(func.count()).select_from(labels).where(_is_first)
+_ANSWERED = select(func.count()).select_from(labels).where(_is_first, ~labels.c.adjudicated)
 CLOSE_LEASE = (
     update(leases)
     .where(leases.c.query_id == bindparam("query"), leases.c.annotator_id == _me, leases.c.closed_at.is_(None))

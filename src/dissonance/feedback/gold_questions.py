@@ -1,4 +1,7 @@
-"""A file of questions whose answer is known -> gold questions."""
+"""A file of questions whose answer is known -> gold questions.
+
+An annotator is shown the query_id, so those of gold questions are like any others.
+"""
 
 import hashlib
 import json
@@ -7,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dissonance.errors import DataError
-from dissonance.feedback.rows import answer_from_json
+from dissonance.feedback.rows import answer_from_json, is_text
 from dissonance.records import Answer, Message, Query, QueryKind, Question
 
 _KEYS = {"kind", "prompt", "messages", "completions", "answer", "why"}
@@ -22,22 +25,30 @@ def read_gold_questions(path: Path) -> list[tuple[Question, Answer, str]]:
         DataError: the file or a line of it cannot be used; the message names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    found = []
-    for number, line in enumerate(lines, 1):
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{str(path)!r} cannot be read: {error}") from error
+    found: dict[str, tuple[Question, Answer, str]] = {}
+    lines: dict[str, int] = {}
+    # Not splitlines: JSON texts may hold U+2028 and its like as they are.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            found.append(_gold(json.loads(line)))
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: no JSON object: {error}") from error
+            gold = _gold(json.loads(line))
+            query_id = gold[0].query_id
+            if query_id in found:
+                raise DataError(f"the same question as in line {lines[query_id]}: keep one of them")
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: no JSON object: {error}") from error
+        except RecursionError as error:
+            raise DataError(f"{path}, line {number}: no JSON object of a question: it is nested too deep") from error
+        found[query_id], lines[query_id] = gold, number
     if not found:
         raise DataError(f"{path} holds no questions")
-    return found
+    return list(found.values())
 
 
 def _gold(row: object) -> tuple[Question, Answer, str]:
@@ -45,32 +56,45 @@ def _gold(row: object) -> tuple[Question, Answer, str]:
         raise DataError("no JSON object")
     if unknown := sorted(set(row) - _KEYS):
         raise DataError(f"unknown key {unknown[0]!r}: use {', '.join(sorted(_KEYS))}")
-    kind, completions = row.get("kind", "pairwise"), row.get("completions")
+    kind, completions, why = row.get("kind", "pairwise"), row.get("completions"), row.get("why", "")
     if kind not in get_args(QueryKind):
         raise DataError(f"unknown kind {kind!r}: use {', '.join(get_args(QueryKind))}")
     if not isinstance(completions, list) or not all(isinstance(text, str) for text in completions):
         raise DataError("completions must be a list of texts")
-    canonical = json.dumps([row.get("prompt"), row.get("messages"), kind, completions], ensure_ascii=False)
-    query_id = f"gold-{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
+    if not isinstance(why, str) or not is_text(why):
+        raise DataError(f"why must be a text, not {str(why)[:80]!r}")
+    messages = _messages(row)
+    prompt_id = _id([[message.role, message.content] for message in messages])
     ids = tuple(range(len(completions)))
-    Query(query_id, kind, ids, 0.0, "")  # as many completions as the kind asks about
-    question = Question(query_id, query_id, kind, _messages(row), ids, tuple(completions))
+    Query(prompt_id, kind, ids, 0.0, "")  # as many completions as the kind asks about
+    question = Question(_id([prompt_id, kind, completions]), prompt_id, kind, messages, ids, tuple(completions))
     answer = _answer(row.get("answer"))
     answer.fits(question)
-    return question, answer, str(row.get("why", ""))
+    return question, answer, why
+
+
+def _id(content: list[Any]) -> str:
+    # Escaped, so that half of a surrogate pair, which JSON can hold, is nothing special.
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    if isinstance(row.get("prompt"), str):
-        return (Message("user", row["prompt"]),)
-    messages = row.get("messages")
-    try:
-        found = tuple(Message(m["role"], m["content"]) for m in messages or ())
-    except (TypeError, KeyError) as error:
-        raise DataError("messages must be a list of role and content") from error
-    if not found:
-        raise DataError("give a prompt (text) or messages")
-    return found
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if (prompt is None) == (messages is None):
+        raise DataError("give either a prompt (text) or messages")
+    if isinstance(prompt, str):
+        return (Message("user", prompt),)
+    if prompt is not None:
+        raise DataError(f"the prompt must be a text, not {str(prompt)[:80]!r}")
+    if not isinstance(messages, list) or not messages:
+        raise DataError("messages must be a list of role and content")
+    return tuple(map(_message, messages))
+
+
+def _message(value: object) -> Message:
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("role", "content")):
+        raise DataError("messages must be a list of role and content, both texts")
+    return Message(value["role"], value["content"])
 
 
 def _answer(value: object) -> Answer:

@@ -9,8 +9,9 @@ from sqlalchemy import Connection, and_, bindparam, case, exists, func, insert, 
 
 from dissonance.errors import DataError
 from dissonance.feedback.answers import is_current, recount
+from dissonance.feedback.people import find_by_name
 from dissonance.feedback.rows import answer_from_json, answer_to_json, is_text, question_from_row, question_row
-from dissonance.feedback.schema import annotators, gold_answers, labels, queries
+from dissonance.feedback.schema import gold_answers, labels, queries
 from dissonance.records import Answer, Question
 
 
@@ -34,7 +35,7 @@ def add_queries(
     if overlap is not None and overlap < 1:
         raise DataError(f"overlap is {overlap}: ask at least 1 annotator")
     _check_distinct([question.query_id for question in questions])
-    held = set(connection.scalars(select(queries.c.query_id)))
+    held = _check_held(connection, questions)
     # A checked query wants one more than the others, so it does not say what was asked for.
     usual = select(func.max(queries.c.overlap)).where(~queries.c.is_gold, ~queries.c.people_only)
     wanted = overlap or connection.scalar(usual) or 1
@@ -47,7 +48,9 @@ def add_queries(
         asked = update(queries).where(queries.c.query_id == bindparam("held_id"), ~queries.c.is_gold)
         place = {"round": round_number, "position": bindparam("place"), "retired_at": None}
         if overlap is not None:
-            place["overlap"] = overlap
+            # What people are to check wants one more than have answered, whatever the others want.
+            checked = and_(queries.c.people_only, queries.c.overlap > overlap)
+            place["overlap"] = case((checked, queries.c.overlap), else_=overlap)
         connection.execute(asked.values(place), again)
         connection.execute(recount(and_(ordinary, queries.c.retired_at.is_(None)), now))
     if fresh:
@@ -58,7 +61,7 @@ def add_queries(
 def add_gold_questions(connection: Connection, gold: Sequence[tuple[Question, Answer, str]], now: float) -> int:
     """Add questions whose answer is known; see `Store.add_gold`."""
     _check_distinct([question.query_id for question, _, _ in gold])
-    held = {row.query_id: row.is_gold for row in connection.execute(select(queries.c.query_id, queries.c.is_gold))}
+    held = _check_held(connection, [question for question, _, _ in gold], in_order=True)
     for position, (question, answer, why) in enumerate(gold):
         if answer.skipped:
             raise DataError(f"gold question {question.query_id!r} has no answer: give one")
@@ -86,27 +89,57 @@ def _check_distinct(query_ids: Sequence[str]) -> None:
         raise DataError(f"query {query_id!r} is there {count} times: give each question its own query_id")
 
 
+def _check_held(connection: Connection, questions: Sequence[Question], *, in_order: bool = False) -> dict[str, bool]:
+    """Every query there is, and whether it is gold; refuses a question that would inherit the answers to another.
+
+    `in_order` asks for the same order of completions, for answers that come with their question.
+    """
+    given = {question.query_id: question for question in questions}
+    held = {}
+    for row in connection.execute(select(queries)):
+        held[row.query_id] = row.is_gold
+        if row.query_id in given and (other := _differs(question_from_row(row), given[row.query_id], in_order)):
+            raise DataError(
+                f"query {row.query_id!r} is in the store with {other}, and its labels are about that: "
+                "give this question another query_id, or use another store"
+            )
+    return held
+
+
+def _differs(held: Question, given: Question, in_order: bool) -> str | None:
+    if held.kind != given.kind:
+        return f"another kind ({held.kind}, not {given.kind})"
+    if held.messages != given.messages:
+        return "other messages"
+    # Answers are kept in the order that is held, in whichever the question comes again.
+    texts = [dict(zip(q.completion_ids, q.completions, strict=True)) for q in (held, given)]
+    if texts[0] != texts[1]:
+        return "other completions"
+    return "its completions in another order" if in_order and held.completion_ids != given.completion_ids else None
+
+
 def reopen_for_checks(connection: Connection, annotator: str, size: int, seed: int) -> int:
     """Ask people about a sample of what a model has answered; see `Store.check_sample`."""
     if size < 0:
         raise DataError(f"a sample of {size} cannot be drawn: use 0 or more")
-    annotator_id = connection.scalar(select(annotators.c.annotator_id).where(annotators.c.name == annotator))
-    if annotator_id is None:
-        raise DataError(f"there is no annotator {annotator!r} in this store")
-    said = exists().where(labels.c.query_id == queries.c.query_id, labels.c.annotator_id == annotator_id)
-    settled = exists().where(labels.c.query_id == queries.c.query_id, labels.c.adjudicated, is_current())
+    annotator_id = find_by_name(connection, annotator).annotator_id
+    about = exists().where(labels.c.query_id == queries.c.query_id, ~labels.c.skipped, is_current())
+    said = about.where(labels.c.annotator_id == annotator_id)
+    in_sample = and_(queries.c.people_only, queries.c.retired_at.is_(None), said)
+    drawn = connection.scalar(select(func.count()).select_from(queries).where(in_sample)) or 0
     answered = connection.scalars(
         select(queries.c.query_id)
         .where(queries.c.closed_at.is_not(None), queries.c.retired_at.is_(None), ~queries.c.people_only)
-        .where(said.where(~labels.c.skipped, is_current()), ~settled)
+        .where(said, ~about.where(labels.c.adjudicated))
         .order_by(queries.c.round, queries.c.position, queries.c.query_id)
     ).all()
-    sample = random.Random(seed).sample(answered, min(size, len(answered)))
+    sample = random.Random(seed).sample(answered, min(max(size - drawn, 0), len(answered)))
     if sample:
         again = update(queries).where(queries.c.query_id == bindparam("held_id"))
         one_more = {"overlap": queries.c.answers + 1, "people_only": True, "closed_at": None}
         connection.execute(again.values(one_more), [{"held_id": query_id} for query_id in sample])
-    return len(sample)
+    still_open = select(func.count()).select_from(queries).where(in_sample, queries.c.closed_at.is_(None))
+    return connection.scalar(still_open) or 0
 
 
 def all_questions(connection: Connection, *, retired: bool) -> list[Question]:

@@ -8,10 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dissonance.errors import RunError
-from dissonance.records import Message, Question
+from dissonance.errors import DataError, RunError
+from dissonance.records import QUERIES_SCHEMA, Message, Question
 
 _CONVERSATIONS = ("messages", "prompt")
+_ASKED = ("query_id", "prompt_id", "kind", "completion_ids")
+_SIZES = {"pairwise": range(2, 3), "rating": range(1, 2), "ranking": range(2, 1_000_000)}
+"""How many completions a query of each kind is about."""
 
 
 def questions_of_round(folder: Path) -> list[Question]:
@@ -22,22 +25,53 @@ def questions_of_round(folder: Path) -> list[Question]:
     they had a column `text`.
 
     Raises:
-        RunError: nothing was selected yet, a query is about what the tables do not hold, or there are no texts.
+        RunError: nothing was selected yet, a table is damaged or lacks a column, a query is about what the tables do
+            not hold, or there are no texts.
     """
     path = folder / "queries.parquet"
     if not path.is_file():
         raise RunError(f"{path} is missing: choose what to ask first, with `dissonance select`")
     try:
-        queries = pq.read_table(path).to_pylist()
+        queries = _queries(path)
         ids = pa.array(sorted({query["prompt_id"] for query in queries}), pa.string())
         prompts = _rows(folder / "prompts.parquet", ids)
         completions = _rows(folder / "completions.parquet", ids)
     except (OSError, pa.ArrowException) as error:
         raise RunError(f"{folder}: its tables cannot be read: {' '.join(str(error).split())}") from error
     categories = {row["prompt_id"]: row.get("category") for row in prompts}
+    if any("completion_id" not in row for row in completions[:1]):
+        raise RunError(f"{folder / 'completions.parquet'} has no column 'completion_id': sample or score anew")
     texts = {(row["prompt_id"], row["completion_id"]): row.get("text") for row in completions}
     conversations = _conversations(folder, prompts, completions)
     return [_question(folder, query, categories, texts, conversations) for query in queries]
+
+
+def _queries(path: Path) -> list[dict[str, Any]]:
+    found = pq.read_schema(path)
+    for name in _ASKED:
+        if name not in found.names:
+            raise RunError(f"{path} has no column {name!r}: choose anew what to ask, with `dissonance select`")
+        type_, wanted = found.field(name).type, QUERIES_SCHEMA.field(name).type
+        if type_ != wanted:
+            raise RunError(
+                f"{path}: column {name!r} holds {type_}, not {wanted}: "
+                "choose anew what to ask, with `dissonance select`"
+            )
+    queries: list[dict[str, Any]] = pq.read_table(path, columns=list(_ASKED)).to_pylist()
+    for number, query in enumerate(queries, 1):
+        if not _can_be_asked(query):
+            raise RunError(
+                f"{path} row {number} is no query that can be asked ({str(query)[:120]}): "
+                "choose anew what to ask, with `dissonance select`"
+            )
+    return queries
+
+
+def _can_be_asked(query: Mapping[str, Any]) -> bool:
+    ids = query["completion_ids"]
+    if any(query[name] is None for name in _ASKED) or None in ids or query["kind"] not in _SIZES:
+        return False
+    return len(set(ids)) == len(ids) and len(ids) in _SIZES[query["kind"]]
 
 
 def _rows(path: Path, ids: pa.Array) -> list[dict[str, Any]]:
@@ -64,18 +98,19 @@ def _messages(folder: Path, value: object) -> tuple[Message, ...]:
     if isinstance(value, str):
         return (Message("user", value),)
     try:
-        return tuple(Message(m["role"], m["content"]) for m in value)  # type: ignore[attr-defined]
-    except (TypeError, KeyError) as error:
-        raise RunError(
-            f"{folder}: {str(value)[:60]!r} is no conversation: use text, or a list of role and content"
-        ) from (error)
+        messages = tuple(Message(m["role"], m["content"]) for m in value)  # type: ignore[attr-defined]
+        if all(isinstance(message.content, str) for message in messages):
+            return messages
+    except (TypeError, KeyError, DataError):
+        pass
+    raise RunError(f"{folder}: {str(value)[:60]!r} is no conversation: use text, or a list of role and content")
 
 
 def _question(
     folder: Path,
     query: Mapping[str, Any],
     categories: Mapping[str, str | None],
-    texts: Mapping[tuple[str, int], str | None],
+    texts: Mapping[tuple[str, int], object],
     conversations: Mapping[str, tuple[Message, ...]],
 ) -> Question:
     prompt_id, ids = query["prompt_id"], tuple(query["completion_ids"])
@@ -85,16 +120,22 @@ def _question(
             f"{folder}: prompt {prompt_id!r} has no conversation to show: "
             "give the scored rows a column prompt or messages"
         )
-    if any(answer is None for answer in answers):
-        raise RunError(
-            f"{folder}: prompt {prompt_id!r} lacks the text of a completion: give the scored rows a column text"
-        )
+    for completion_id, answer in zip(ids, answers, strict=True):
+        if answer is None:
+            raise RunError(
+                f"{folder}: prompt {prompt_id!r} lacks the text of a completion: give the scored rows a column text"
+            )
+        if not isinstance(answer, str):
+            raise RunError(
+                f"{folder}: the text of completion {completion_id} of prompt {prompt_id!r} is {answer!r}: "
+                "it must be text"
+            )
     return Question(
         query_id=query["query_id"],
         prompt_id=prompt_id,
         kind=query["kind"],
         messages=conversations[prompt_id],
         completion_ids=ids,
-        completions=tuple(str(answer) for answer in answers),
+        completions=tuple(map(str, answers)),
         category=categories.get(prompt_id),
     )

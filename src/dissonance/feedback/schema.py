@@ -127,7 +127,7 @@ labels = Table(
     "labels",
     metadata,
     Column("label_id", Integer, primary_key=True),
-    Column("key", String(64), nullable=False, unique=True, comment="Idempotency key: the same answer is stored once."),
+    Column("key", String(64), nullable=False, comment="Idempotency key: the same answer is stored once."),
     Column("query_id", ForeignKey(queries.c.query_id), nullable=False),
     Column("annotator_id", ForeignKey(annotators.c.annotator_id), nullable=False),
     Column("answer", JSON, nullable=False),
@@ -139,12 +139,16 @@ labels = Table(
     Column("adjudicated", Boolean, nullable=False, server_default=sql("false")),
     Column("created_at", Float, nullable=False),
     Column("supersedes", ForeignKey("labels.label_id"), comment="The label that this corrects."),
+    # Each annotator has keys of their own: nobody can take another's.
+    UniqueConstraint("annotator_id", "key"),
 )
-# One first label for each person and query; corrections hang on it in a chain.
+# One first label for each person and query; corrections hang on it in a chain. What a lead settles is a chain of its
+# own, so that their own answer stays beside it.
 Index(
     "uq_labels_first",
     labels.c.annotator_id,
     labels.c.query_id,
+    labels.c.adjudicated,
     unique=True,
     sqlite_where=labels.c.supersedes.is_(None),
     postgresql_where=labels.c.supersedes.is_(None),

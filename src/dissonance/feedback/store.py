@@ -22,7 +22,7 @@ from dissonance.errors import DataError, StoreError
 from dissonance.feedback.answers import Submission, all_labels, last_label, record_answer
 from dissonance.feedback.asking import Lease, hand_out
 from dissonance.feedback.database import BUSY_SECONDS, alone, open_engine, shown, translated
-from dissonance.feedback.people import Person, all_people, find_or_add_person, find_person
+from dissonance.feedback.people import Person, all_people, change_role, find_or_add_person, find_person
 from dissonance.feedback.queries import (
     Progress,
     add_gold_questions,
@@ -50,6 +50,7 @@ class Store:
     ) -> None:
         self.engine = engine
         self.now = now
+        self.run_id = ""
         self._where = shown(engine.url)
         self._busy_seconds = busy_seconds
         sqlite = engine.dialect.name == "sqlite"
@@ -81,6 +82,7 @@ class Store:
         store = cls(open_engine(where, busy_seconds), now, busy_seconds=busy_seconds)
         try:
             store._belong_to(run_id)
+            store.run_id = run_id
         except BaseException:
             store.close()
             raise
@@ -158,11 +160,13 @@ class Store:
         """Add questions in the order of asking; returns how many are new.
 
         `overlap` is how many annotators each wants; by default as many as were wanted before, 1 at first. Questions
-        that are there stay as they are, but for their round, place and overlap; a gold one stays gold. Those of the
-        same round that are not among `questions` are retired: asked no more, their labels kept.
+        that are there stay as they are, but for their round, place and overlap; a gold one stays gold, and one that
+        people are to check wants no fewer than it did. Those of the same round that are not among `questions` are
+        retired: asked no more, their labels kept.
 
         Raises:
-            DataError: overlap is below 1, two questions have one query_id, or one cannot be stored.
+            DataError: overlap is below 1, two questions have one query_id, one is there with other texts or of another
+                kind, or cannot be stored.
         """
         with self.writing() as connection:
             alone(connection)
@@ -177,7 +181,8 @@ class Store:
         the answer and reason given now.
 
         Raises:
-            DataError: an answer is missing or does not fit its question, or a question cannot be stored.
+            DataError: an answer is missing or does not fit its question, or a question cannot be stored, or is there
+                with other texts or of another kind.
         """
         with self.writing() as connection:
             alone(connection)
@@ -186,9 +191,13 @@ class Store:
         return added
 
     def check_sample(self, annotator: str, size: int, seed: int = 0) -> int:
-        """Ask people about a random sample of what this annotator (a judge) has answered; returns how many.
+        """Ask people about a random sample of what this annotator (a judge) has answered.
 
-        Each query of the sample wants the answer of one more person. Drawn again, the sample is of others.
+        Each query of the sample wants the answer of one more person. The sample is of `size` in all: what is being
+        checked, or was, counts, so that the same call again asks for no more, and one of a greater size for the rest.
+
+        Returns:
+            How many of the sample still want a person's answer.
 
         Raises:
             DataError: there is no annotator of this name, or the size is negative.
@@ -196,7 +205,7 @@ class Store:
         with self.writing() as connection:
             alone(connection)
             sampled = reopen_for_checks(connection, annotator, size, seed)
-            self.log(connection, "check", None, of=annotator, size=sampled, seed=seed)
+            self.log(connection, "check", None, of=annotator, size=size, seed=seed, open=sampled)
         return sampled
 
     def questions(self, *, retired: bool = False) -> list[Question]:
@@ -228,14 +237,29 @@ class Store:
     def annotator(self, name: str, kind: AnnotatorKind = "person", role: Role = "annotator") -> Person:
         """Give the annotator of this name, added with this role if there is none; one who is there keeps the role.
 
+        A person may take over the name that an import gave to their labels, and does so with this role.
+
         Raises:
             DataError: the name is taken by another kind of annotator, or is no name.
         """
         with self.writing() as connection:
             alone(connection)
-            person, new = find_or_add_person(connection, name, kind, role, self.now())
-            if new:
-                self.log(connection, "annotator", person.annotator_id, name=name, kind=kind, role=role)
+            person, happened = find_or_add_person(connection, name, kind, role, self.now())
+            if happened is not None:
+                self.log(connection, happened, person.annotator_id, name=name, kind=kind, role=role)
+        return person
+
+    def set_role(self, name: str, role: Role) -> Person:
+        """Make an annotator a lead, or a lead an annotator like the others; it holds from their next request on.
+
+        Raises:
+            DataError: there is no annotator of this name, or no such role.
+        """
+        with self.writing() as connection:
+            alone(connection)
+            person, changed = change_role(connection, name, role)
+            if changed:
+                self.log(connection, "role", person.annotator_id, role=role)
         return person
 
     def annotators(self) -> list[Person]:
@@ -292,19 +316,19 @@ class Store:
         """Store an answer; it is on disk when this returns.
 
         Sent again with the same key, it is stored once, and the first is returned. With another key, it corrects what
-        this annotator said of the query before. An answer is taken whether or not its lease has run out, and from
-        whoever had none.
+        this annotator said of the query before; what a lead settles corrects only what they settled before, and stands
+        beside their own answer. An answer is taken whether or not its lease has run out, and from whoever had none.
 
         Args:
             annotator_id: whose answer.
             query_id: to which query.
             answer: what was said.
-            key: 1 to 64 printable characters of the sender's choosing, new for each answer.
+            key: 1 to 64 printable characters of the sender's choosing, new for each answer of this annotator.
             shown: the completion_ids in the order shown, from the lease.
             seconds: from the showing to the answer.
             note: the annotator's words.
             flagged: whether the annotator wants a lead to look.
-            adjudicated: a lead settles a disagreement; the query is asked no more.
+            adjudicated: a lead settles a disagreement; the query is asked no more. A skip takes that back.
 
         Raises:
             DataError: there is no such query or annotator, the answer does not fit, or the key was used for another.
@@ -324,7 +348,10 @@ class Store:
             return all_labels(connection, current=current, query_id=query_id)
 
     def last_label(self, annotator_id: int, before: int | None = None) -> Label | None:
-        """This annotator's latest current label, or the latest whose label_id is below `before`: what undo goes to."""
+        """This annotator's latest current label, or the latest whose label_id is below `before`: what undo goes to.
+
+        What they settled as a lead is not among them.
+        """
         with self.reading() as connection:
             return last_label(connection, annotator_id, before)
 

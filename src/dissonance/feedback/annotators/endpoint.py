@@ -12,6 +12,7 @@ from openai.types.chat import ChatCompletion
 
 from dissonance.errors import ModelError, SettingsError
 from dissonance.feedback.annotators.budget import Usage
+from dissonance.feedback.annotators.texts import storable
 
 _NOTHING_SENT = (
     httpx2.ConnectError,
@@ -22,14 +23,21 @@ _NOTHING_SENT = (
     httpx2.LocalProtocolError,
 )
 _OPTIONAL = ("response_format", "max_tokens", "temperature", "seed")
+_LARGEST_COUNT = 2**31 - 1
+_LONGEST_PAUSE = 60.0
 
 
 class RefusedError(Exception):
-    """The endpoint answered with an error after all retries; nothing was paid."""
+    """The endpoint turned the request down (4xx), after all retries; nothing was paid."""
 
 
 class LostReplyError(openai.OpenAIError):
-    """A request went out and no whole reply came back; it may have been paid for."""
+    """A request went out and no whole reply came back, or the server failed at it; it may have been paid for."""
+
+    def __init__(self, message: str, pause: float | None = 0.0) -> None:
+        super().__init__(message)
+        self.pause = pause
+        """Seconds to wait before the next request; None where the server did not say, and needs a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +45,9 @@ class Reply:
     """What the endpoint answered."""
 
     text: str
-    """Empty where the model said nothing or the endpoint did not keep to the protocol."""
+    """Storable; empty where the model said nothing or the endpoint did not keep to the protocol."""
     usage: Usage | None
-    """None where the endpoint did not say."""
+    """None where the endpoint did not say, or nothing that can be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,8 @@ class EndpointSettings:
     timeout: float = 120.0
     """Seconds to wait for a reply."""
     retries: int = 5
-    """How often a request that was refused (429, 5xx) or found no server is sent again, waiting longer each time."""
+    """How often a request that was refused (429) or found no server is sent again, for free, waiting longer each
+    time. One that the server failed at (5xx) is not: it may have been paid for, and counts as a call."""
     max_tokens: int = 512
     """Of a reply."""
     temperature: float = 0.0
@@ -77,6 +86,12 @@ class EndpointSettings:
 
 class Endpoint:
     """Sends chats; safe to use from many threads.
+
+    What a failure costs:
+
+    - no connection, and 4xx but 408: nothing. No connection, 409 and 429 are sent again up to `retries` times.
+    - 5xx, 408, a time-out, a reply that breaks off: perhaps everything, for a gateway may give up on a model that goes
+      on writing. It is a `LostReplyError` at once: whoever asked counts it with its worst case, and may ask again.
 
     Options that an endpoint refuses by name are left out from then on.
 
@@ -107,7 +122,7 @@ class Endpoint:
 
         Raises:
             RefusedError: it was refused every time; free.
-            LostReplyError: no reply came; not known to be free.
+            LostReplyError: no reply came, or a server error; not known to be free.
             ModelError: there is no such server or model, or the key is wrong.
         """
         left_out = self._left_out
@@ -161,11 +176,14 @@ class _Client(httpx2.Client):
 
     def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         try:
-            return super().send(request, **options)
+            response = super().send(request, **options)
         except _NOTHING_SENT:
             raise
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise LostReplyError(f"{type(error).__name__}: {error}") from error
+        if response.status_code == httpx2.codes.REQUEST_TIMEOUT or response.is_server_error:
+            raise LostReplyError(_one_line(f"{response.status_code} {response.text}"), _pause(response.headers))
+        return response
 
 
 def worst_case(messages: Sequence[Mapping[str, str]], schema_text: str, max_tokens: int) -> Usage:
@@ -187,21 +205,34 @@ def _offending(said: str, left_out: frozenset[str]) -> str | None:
 
 def _reply(completion: object) -> Reply:
     if not isinstance(completion, ChatCompletion):
-        return Reply(completion if isinstance(completion, str) else "", None)
+        return Reply(storable(completion) if isinstance(completion, str) else "", None)
     try:
         text = completion.choices[0].message.content
     except (AttributeError, IndexError, TypeError):  # the client builds the object from whatever came
         text = None
-    return Reply(text if isinstance(text, str) else "", _usage(completion))
+    return Reply(storable(text) if isinstance(text, str) else "", _usage(completion))
 
 
 def _usage(completion: ChatCompletion) -> Usage | None:
     counts = [getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-    if any(isinstance(count, bool) or not isinstance(count, int) or count < 0 for count in counts):
+    if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= _LARGEST_COUNT for n in counts):
         return None
     prompt, completed = counts
     return Usage(prompt or 0, completed or 0)
 
 
 def _said(error: openai.APIStatusError) -> str:
-    return " ".join(str(error).split())[:300]
+    return _one_line(str(error))
+
+
+def _one_line(text: str) -> str:
+    return storable(" ".join(text[:3000].split())[:300])
+
+
+def _pause(headers: Mapping[str, str]) -> float | None:
+    """What Retry-After says, in seconds; None where it says nothing, or a date."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        said = headers.get(name, "").strip()
+        if said.replace(".", "", 1).isdecimal():
+            return min(float(said) * unit, _LONGEST_PAUSE)
+    return None

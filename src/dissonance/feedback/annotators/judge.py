@@ -8,6 +8,7 @@ pays for none twice.
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from dissonance.feedback.store import Store
 from dissonance.records import AnnotatorKind, Answer, Question
 
 _NOTE_LENGTH = 2000
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class JudgeSettings:
     concurrency: int = 8
     """Questions at once."""
     attempts: int = 3
-    """Replies per question and order, over all runs, before it is given up."""
+    """Replies per question and order, over all runs, before it is given up; lost calls count in the run they are of."""
     give_up_after: int = 25
     """Questions without a valid answer in a row after which the run stops rather than go on paying."""
     ask_safety: bool = False
@@ -71,7 +73,7 @@ class JudgeSummary:
     """Questions given up after as many invalid replies as allowed."""
     calls: int
     lost: int
-    """Calls without a reply (time-outs, killed runs), which count with the most that they can have cost."""
+    """Calls without a reply (time-outs, 5xx, killed runs), which count with the most that they can have cost."""
     prompt_tokens: int
     completion_tokens: int
     cost: float
@@ -181,10 +183,15 @@ class Judge:
         replies = self._calls.replies(question.query_id, variant)
         if (verdict := self._first_valid(question, variant, replies)) is not None:
             return verdict
-        for _ in range(len(replies), self.settings.attempts):
+        for attempt in range(len(replies), self.settings.attempts):
             asked[0] = True
-            reply = self._call(question, variant, replies[-1] if replies else None)
-            if reply is None:
+            try:
+                reply = self._call(question, variant, replies[-1] if replies else None)
+            except LostReplyError as error:
+                self._note(f"no reply: {error}")
+                if attempt + 1 < self.settings.attempts:
+                    longer = min(_SHORTEST_PAUSE * 2**attempt, _LONGEST_PAUSE)
+                    time.sleep(longer if error.pause is None else error.pause)
                 continue
             replies.append(reply)
             try:
@@ -193,8 +200,8 @@ class Judge:
                 self._note(f"invalid reply: {error}")
         return None
 
-    def _call(self, question: Question, variant: int, refused: str | None) -> str | None:
-        """One call, entered before it is sent; None where its reply was lost."""
+    def _call(self, question: Question, variant: int, refused: str | None) -> str:
+        """One call, entered before it is sent; where its reply is lost, it stays as it was entered."""
         complaint = None if refused is None else (refused, self._problem(question, variant, refused))
         messages = self._prompt.messages(question, variant, complaint)
         schema = reply_schema(question, ask_safety=self.settings.ask_safety)
@@ -204,9 +211,6 @@ class Judge:
             call_id = self._calls.sent(question.query_id, variant, worst, cost(worst))
             try:
                 reply = self._endpoint.ask(messages, schema)
-            except LostReplyError as error:
-                self._note(f"no reply: {error}")
-                return None
             except (RefusedError, ModelError):
                 self._calls.arrived(call_id, None, Usage(), 0.0)
                 taken.append(Usage())

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
 from dissonance.feedback.annotators.judge_prompt import labels, shown
+from dissonance.feedback.annotators.texts import storable
 from dissonance.records import Answer, Choice, Question
 
 
@@ -38,7 +39,8 @@ def _number(value: object) -> object:
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, str) else "" if value is None else str(value)
+    # Cleaned here too: what is no character in the reply may be one in its JSON (\\u0000).
+    return storable(value if isinstance(value, str) else "" if value is None else str(value))
 
 
 _Reason = Annotated[str, BeforeValidator(_text)]

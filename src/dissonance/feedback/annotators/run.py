@@ -7,22 +7,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from filelock import FileLock, Timeout
-from sqlalchemy import exists, func, select, text, update
+from sqlalchemy import exists, func, or_, select, text, update
 
-from dissonance.errors import SettingsError
+from dissonance.errors import SettingsError, StoreError
 from dissonance.feedback.annotators.budget import BudgetSpentError
-from dissonance.feedback.schema import events, gold_answers, labels, leases, queries
-from dissonance.feedback.store import Person, Store
+from dissonance.feedback.schema import events, judge_calls, labels, leases, queries
+from dissonance.feedback.store import LEASE_SECONDS, Person, Store
 from dissonance.models import Annotator
 from dissonance.progress import Advance, ProgressFactory, quiet
 from dissonance.records import Answer, Question
 
-_LEASED_AT_ONCE = 64
+_RENEW_EVERY = LEASE_SECONDS / 3
 _SETTINGS = "annotator_settings"
 
 
@@ -60,7 +61,7 @@ class Annotated:
     failed: int
     """Questions that it gave no answer to; nothing is stored of them, and a later run asks again."""
     left: int
-    """Questions that still wait for this annotator, the failed ones included."""
+    """Questions that this annotator could be asked now, the failed ones included."""
     stopped: Literal["", "budget", "interrupted"]
     """Why it ended before everything was asked."""
     reason: str
@@ -115,13 +116,18 @@ def label_key(annotator: str, query_id: str) -> str:
 
 
 class _Asking:
-    """One run: questions leased but not asked wait in `ready`, those under way in `pending`."""
+    """One run: questions leased but not asked wait in `ready`, those under way in `pending`.
+
+    Few are leased at a time, and only for as long as they are: all leases are renewed while the run goes on, and
+    looked at again should they have run out (a computer that slept), so that nobody else is asked the same meanwhile.
+    """
 
     def __init__(self, store: Store, annotator: Annotator, person: Person, advance: Advance) -> None:
         self._store, self._annotator, self._person, self._advance = store, annotator, person, advance
         self._ready: deque[Question] = deque()
         self._pending: dict[Future[tuple[Answer | None, float]], Question] = {}
-        self._seen: set[str] = set()
+        self._begun: set[str] = set()
+        self._leased_until = self._renew_at = 0.0
         self.failed: set[str] = set()
         self.answered = self.skipped = 0
         self.stopped: Literal["", "budget", "interrupted"] = ""
@@ -150,27 +156,40 @@ class _Asking:
         return not self.stopped and self._error is None
 
     def _submit(self, pool: ThreadPoolExecutor) -> bool:
-        """Keep every thread busy, with one question each in reserve."""
-        while len(self._pending) < 2 * self._annotator.concurrency:
-            if not self._ready and not self._lease():
+        """Keep every thread busy."""
+        while len(self._pending) < self._annotator.concurrency:
+            if not self._ready or self._store.now() >= self._leased_until:
+                self._lease()
+            if not self._ready:
                 break
             question = self._ready.popleft()
+            self._begun.add(question.query_id)
             self._pending[pool.submit(self._ask, question)] = question
         return bool(self._pending)
 
-    def _lease(self) -> bool:
-        # Leases of questions under way, and of those that failed, are ours still and come back first.
-        held = len(self._pending) + len(self.failed)
-        given = self._store.lease_many(self._person.annotator_id, held + _LEASED_AT_ONCE, gold_every=0)
-        fresh = [lease.question for lease in given if lease.question.query_id not in self._seen]
-        self._seen.update(question.query_id for question in fresh)
-        self._ready.extend(fresh)
-        return bool(fresh)
+    def _lease(self) -> None:
+        """Renew every lease, and take on as many questions as keep the threads busy twice over.
+
+        The failed ones are renewed too, or they would be given again: with many of them, more is taken on at a time.
+        """
+        self._ready.clear()  # those that are ours still come back; so do those under way, and those that failed
+        self._renew_at = time.monotonic() + _RENEW_EVERY
+        ahead = max(2 * self._annotator.concurrency, len(self.failed) // 8)
+        count = len(self._pending) + len(self.failed) + ahead
+        try:
+            given = self._store.lease_many(self._person.annotator_id, count, gold_every=0)
+        except Exception as error:  # what is under way is stored first
+            self._error = self._error or error
+            return
+        self._leased_until = min((lease.expires_at for lease in given), default=0.0)
+        self._ready.extend(lease.question for lease in given if lease.question.query_id not in self._begun)
 
     def _collect(self) -> None:
-        done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
+        done, _ = wait(self._pending, max(0.0, self._renew_at - time.monotonic()), FIRST_COMPLETED)
         for future in [future for future in self._pending if future in done]:
             self._take(future)
+        if time.monotonic() >= self._renew_at:
+            self._lease()
 
     def _drain(self) -> None:
         """Wait for what is under way, and store it; what has not begun is not asked. Ctrl-C again ends the waiting."""
@@ -232,12 +251,17 @@ def _on_ctrl_c(interrupt: Callable[[], None]) -> Iterator[None]:
 
 
 def _waiting(store: Store, person: Person) -> int:
-    """Count the questions that this annotator may be asked, whoever else is answering them now."""
-    mine = exists().where(labels.c.query_id == queries.c.query_id, labels.c.annotator_id == person.annotator_id)
-    is_gold = exists().where(gold_answers.c.query_id == queries.c.query_id)
+    """Count the questions that this annotator could be asked now: those that `Store.lease_many` would give a model."""
+    # Counted, where `exists` would do, for the reason that asking.py gives.
+    said = select(func.count()).where(labels.c.query_id == queries.c.query_id)
+    said_by_me = said.where(labels.c.annotator_id == person.annotator_id).scalar_subquery()
+    held = select(func.count()).where(leases.c.query_id == queries.c.query_id, leases.c.closed_at.is_(None))
+    others = held.where(leases.c.annotator_id != person.annotator_id, leases.c.expires_at > store.now())
     is_open = queries.c.closed_at.is_(None) & queries.c.retired_at.is_(None)
+    for_models = ~queries.c.is_gold & ~queries.c.people_only
+    has_room = queries.c.answers + others.scalar_subquery() < queries.c.overlap
+    chosen = select(func.count()).select_from(queries).where(is_open, for_models, said_by_me == 0, has_room)
     with store.reading() as connection:
-        chosen = select(func.count()).select_from(queries).where(is_open, ~mine, ~is_gold)
         return connection.scalar(chosen) or 0
 
 
@@ -248,17 +272,24 @@ def _release(store: Store, person: Person) -> None:
 
 
 def _hold_to(store: Store, person: Person, fingerprint: str) -> None:
-    """Refuse other settings than this annotator answered with before: its labels would be two annotators'."""
-    mine = (events.c.annotator_id == person.annotator_id) & (events.c.action == _SETTINGS)
+    """Refuse other settings than this annotator answered with before: its labels would be two annotators'.
+
+    Settings that nothing was answered with, such as a model that does not exist, bind nobody.
+    """
+    me = person.annotator_id
+    mine = (events.c.annotator_id == me) & (events.c.action == _SETTINGS)
+    has_label = exists().where(labels.c.annotator_id == me)
+    has_reply = exists().where(judge_calls.c.annotator_id == me, judge_calls.c.reply.is_not(None))
     with store.writing() as connection:
         before = connection.scalar(select(events.c.details).where(mine).order_by(events.c.event_id.desc()).limit(1))
-        if before is None:
-            store.log(connection, _SETTINGS, person.annotator_id, fingerprint=fingerprint)
-        elif before["fingerprint"] != fingerprint:
+        if before is not None and before["fingerprint"] == fingerprint:
+            return
+        if before is not None and connection.scalar(select(or_(has_label, has_reply))):
             raise SettingsError(
                 f"annotator {person.name!r} has answered with other settings before: give it another name, or the"
                 " settings it had"
             )
+        store.log(connection, _SETTINGS, me, fingerprint=fingerprint)
 
 
 @contextmanager
@@ -276,12 +307,21 @@ def _alone(store: Store, person: Person) -> Iterator[None]:
             finally:
                 connection.execute(text("SELECT pg_advisory_unlock(7248, :annotator)"), key)
         return
-    lock = FileLock(f"{store.engine.url.database}.{person.annotator_id}.lock")
+    path = Path(f"{store.engine.url.database}.{person.annotator_id}.lock")
+    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise taken from error
-    try:
+        with store.writing():
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise taken from error
         yield
     finally:
-        lock.release()
+        if lock.is_locked:
+            # Locks are taken and removed while the store is held, one after another: to remove a file that another
+            # process is just locking would leave two processes with a lock each. Where the store cannot be held, the
+            # file stays, and does no harm.
+            with suppress(StoreError, OSError), store.writing():
+                lock.release()
+                path.unlink(missing_ok=True)
+            lock.release()

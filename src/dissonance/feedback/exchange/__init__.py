@@ -9,7 +9,7 @@ and cannot carry stands in its module.
 
 from dissonance.feedback.exchange.folders import Exported, write_argilla, write_label_studio
 from dissonance.feedback.exchange.importing import Imported, import_labels
-from dissonance.feedback.exchange.reading import FORMATS, ImportFormat, detect_format
+from dissonance.feedback.exchange.reading import FORMATS, ImportFormat
 from dissonance.feedback.exchange.tables import write_csv
 from dissonance.feedback.exchange.trl import Preferences, write_preferences
 
@@ -19,7 +19,6 @@ __all__ = [
     "ImportFormat",
     "Imported",
     "Preferences",
-    "detect_format",
     "import_labels",
     "write_argilla",
     "write_csv",

@@ -22,8 +22,8 @@ from dissonance.errors import DataError
 from dissonance.feedback.exchange.asked import (
     MODELS,
     Asked,
+    ImportedAnswer,
     Parsed,
-    Said,
     blind_order,
     order_shown,
     text_of,
@@ -51,7 +51,7 @@ def argilla_dataset_name(question: Question) -> str:
     return f"ranking-{len(question.completion_ids)}" if question.kind == "ranking" else question.kind
 
 
-def argilla_settings(question: Question, guidelines: str = "") -> dict[str, Any]:
+def argilla_settings(question: Question) -> dict[str, Any]:
     """The settings of the dataset that a question goes to, as `rg.Settings.from_json` reads them."""
     answers = range(1, len(question.completion_ids) + 1)
     fields = [_field("conversation", "Conversation", "chat")]
@@ -69,7 +69,7 @@ def argilla_settings(question: Question, guidelines: str = "") -> dict[str, Any]
         asks = [_asks(f"rank_{n}", f"Place of answer {n} (1 is best; equal places are ties)", places) for n in answers]
     asks.append(_asks("note", "A note, if you like", {"type": "text", "use_markdown": False}, required=False))
     return {
-        "guidelines": guidelines or None,
+        "guidelines": None,
         "fields": fields,
         "questions": asks,
         "vectors": [],
@@ -180,7 +180,10 @@ def parse_record(row: dict[str, Any], asked: Asked) -> Parsed:
                 f"{name} of query {question.query_id!r} is {short(found)}, but this run asked about {short(value)}: "
                 "is this another run's file?"
             )
-    names = {argilla_user_id(text(name, "an annotator")): name for name in metadata.get("annotators") or ()}
+    known = metadata.get("annotators") or []
+    if not isinstance(known, list):
+        raise DataError(f"metadata.annotators is {short(known)}: it must be a list of names")
+    names = {argilla_user_id(text(name, "an annotator")): name for name in known}
     answers, drafts = _by_user(_mapping(row, "responses"))
     said = [
         # Who is in the metadata answered before the record was in Argilla, and saw another order.
@@ -190,7 +193,8 @@ def parse_record(row: dict[str, Any], asked: Asked) -> Parsed:
     suggested: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for name, suggestion in _mapping(row, "suggestions").items():
         if isinstance(suggestion, dict) and suggestion.get("value") is not None:
-            suggested[suggestion.get("agent") or "argilla suggestion"][name] = suggestion["value"]
+            agent = suggestion.get("agent")
+            suggested["argilla suggestion" if agent in (None, "") else text(agent, "agent")][name] = suggestion["value"]
     said += [_said(question, order, values, who, seen=False, by_model=True) for who, values in suggested.items()]
     return Parsed(tuple(said), drafts)
 
@@ -222,8 +226,8 @@ def _by_user(responses: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], i
 
 def _said(
     question: Question, order: tuple[int, ...], values: dict[str, Any], who: str, *, seen: bool, by_model: bool = False
-) -> Said:
-    return Said(
+) -> ImportedAnswer:
+    return ImportedAnswer(
         question,
         annotator=text(who, "the annotator"),
         answer=Answer() if "discarded" in values else _answer(question, order, values),

@@ -2,10 +2,11 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dissonance.errors import DataError
+from dissonance.feedback.exchange.reading import short
 from dissonance.records import AnnotatorKind, Answer, Question
 
 MODELS: frozenset[AnnotatorKind] = frozenset({"judge", "gold", "simulated"})
@@ -20,7 +21,7 @@ class UnknownQuestionError(DataError):
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class ImportedAnswer:
     """An answer that a file holds, in terms of a question of this run."""
 
     question: Question
@@ -40,7 +41,7 @@ class Said:
 class Parsed:
     """What a row of a file comes to."""
 
-    said: tuple[Said, ...] = ()
+    said: tuple[ImportedAnswer, ...] = ()
     unfinished: int = 0
     """Answers that were begun and not submitted: they are left out."""
 
@@ -69,7 +70,7 @@ class Asked:
         """The question of this id."""
         question = self._by_id.get(query_id) if isinstance(query_id, str) else None
         if question is None:
-            raise UnknownQuestionError(f"this run asked no query {query_id!r}: is this another run's file?")
+            raise UnknownQuestionError(f"this run asked no query {short(query_id)}: is this another run's file?")
         return question
 
     def about(self, prompt_id: str, completion_ids: tuple[int, ...]) -> Question:
@@ -79,19 +80,32 @@ class Asked:
         if not found:
             raise UnknownQuestionError(f"this run asked nothing about completions {shown} of prompt {prompt_id!r}")
         if len(found) > 1:
-            ids = ", ".join(q.query_id for q in found[:3])
-            raise DataError(
-                f"completions {shown} of prompt {prompt_id!r} were asked more than once ({ids}): add query_id"
-            )
+            raise DataError(f"completions {shown} of prompt {prompt_id!r} {_more_than_once(found)}: add query_id")
         return found[0]
 
-    def pairs(self, turns: Turns, texts: Iterable[str]) -> list[Question]:
-        """The pairwise questions that show these texts as answers to this conversation; at least one."""
+    def pair(
+        self, turns: Turns, texts: tuple[str, str], prompt_id: object, completion_ids: tuple[int | None, int | None]
+    ) -> tuple[Question, bool]:
+        """The pairwise question that shows these texts as answers to this conversation, and whether the ids name it.
+
+        Ids need not be this run's, unless several questions show the same texts: then they tell which is meant.
+        """
         found = self._by_texts.get((turns, frozenset(texts)), [])
         if not found:
             start = turns[-1][1][:40] if turns else ""
             raise UnknownQuestionError(f"this run asked for no comparison of these two answers to {start!r}")
-        return found
+        named = [q for q in found if q.prompt_id == prompt_id and set(q.completion_ids) == set(completion_ids)]
+        meant = named or found
+        if len(meant) > 1:
+            raise DataError(
+                f"the comparison of {short(texts[0])} and {short(texts[1])} {_more_than_once(meant)}: "
+                "add prompt_id, chosen_id and rejected_id, or import CSV with query_id"
+            )
+        return meant[0], bool(named)
+
+
+def _more_than_once(questions: Sequence[Question]) -> str:
+    return f"was asked about more than once ({', '.join(q.query_id for q in questions[:3])})"
 
 
 def turns_of(question: Question) -> Turns:
@@ -119,11 +133,11 @@ def blind_order(question: Question) -> tuple[int, ...]:
 def order_shown(question: Question, shown: object) -> tuple[int, ...]:
     """Read the order that an export wrote, such as `3,1`."""
     parts = shown.split(",") if isinstance(shown, str) else []
-    order = tuple(int(part) for part in parts if part.isascii() and part.isdigit())
+    order = tuple(int(part) for part in parts if part.isascii() and part.isdigit() and len(part) < 10)
     if sorted(order) != sorted(question.completion_ids):
         raise DataError(
             f"query {question.query_id!r} shows completions {', '.join(map(str, question.completion_ids))}, "
-            f"not {shown!r}: is this another run's file?"
+            f"not {short(shown)}: is this another run's file?"
         )
     return order
 

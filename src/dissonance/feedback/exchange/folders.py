@@ -35,17 +35,15 @@ def write_label_studio(folder: Path, questions: Sequence[Question], labels: Iter
     return Exported({kind: len(of_kind) for kind, of_kind in tasks.items()}, left_out)
 
 
-def write_argilla(
-    folder: Path, questions: Sequence[Question], labels: Iterable[Label] = (), *, guidelines: str = ""
-) -> Exported:
+def write_argilla(folder: Path, questions: Sequence[Question], labels: Iterable[Label] = ()) -> Exported:
     """Write a folder for each dataset, such as `Dataset.from_disk` loads."""
     records, left_out = argilla_records(questions, labels)
     folder.mkdir()
     like = {argilla_dataset_name(question): question for question in questions}
     for name, of_name in records.items():
         (folder / name / ".argilla").mkdir(parents=True)
-        _write_json(folder / name / ".argilla" / "settings.json", argilla_settings(like[name], guidelines))
-        _write_json(folder / name / ".argilla" / "dataset.json", {"name": name, "guidelines": guidelines or None})
+        _write_json(folder / name / ".argilla" / "settings.json", argilla_settings(like[name]))
+        _write_json(folder / name / ".argilla" / "dataset.json", {"name": name, "guidelines": None})
         _write_json(folder / name / "records.json", of_name)
     return Exported({name: len(of_name) for name, of_name in records.items()}, left_out)
 

@@ -7,7 +7,7 @@ nothing the second time, and a label that was corrected since stays corrected.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from dissonance.errors import DataError
 from dissonance.feedback.answers import Submission, all_labels, record_answer
 from dissonance.feedback.database import alone
 from dissonance.feedback.exchange.argilla import parse_record
-from dissonance.feedback.exchange.asked import Asked, Parsed, Said, UnknownQuestionError
+from dissonance.feedback.exchange.asked import Asked, ImportedAnswer, Parsed, UnknownQuestionError
 from dissonance.feedback.exchange.label_studio import parse_task
-from dissonance.feedback.exchange.reading import FORMATS, ImportFormat, Row, format_of, one_of, read_rows, text
+from dissonance.feedback.exchange.reading import FORMATS, ImportFormat, Row, format_of, one_of, read_rows, short, text
 from dissonance.feedback.exchange.tables import parse_csv_row
 from dissonance.feedback.exchange.trl import parse_preference
 from dissonance.feedback.people import all_people, find_or_add_person
@@ -72,7 +72,6 @@ def import_labels(
     *,
     file_format: ImportFormat | None = None,
     annotator: str | None = None,
-    rename: Mapping[str, str] | None = None,
     predictions: bool = False,
     skip_unknown: bool = False,
 ) -> Imported:
@@ -83,7 +82,6 @@ def import_labels(
         path: a file, or a folder that Argilla's `to_disk` wrote.
         file_format: what it is; by default its content says.
         annotator: whose labels they are, whoever the file names.
-        rename: annotators' names in the store, by their names in the file.
         predictions: also take models' suggestions and predictions for labels, under the models' names.
         skip_unknown: leave out, and count, rows about questions that the run has not asked; otherwise an error.
 
@@ -102,7 +100,7 @@ def import_labels(
     taken = [(place, said) for place, said in spoken if predictions or not said.by_model]
     if not taken and not spoken:
         raise DataError(f"{path}: holds no labels of this run ({len(rows)} rows, {unknown} about other questions)")
-    incoming = [_incoming(path, place, said, annotator, rename or {}) for place, said in taken]
+    incoming = [_incoming(path, place, said, annotator) for place, said in taken]
     distinct = _distinct(path, incoming)
     with store.writing() as connection:
         alone(connection)  # of two who import the same file, the second finds what the first has stored
@@ -145,17 +143,21 @@ def _parse(
             raise DataError(f"{path}{place}: {error}") from None
         except KeyError as error:
             raise DataError(f"{path}{place}: there is no {error.args[0]!r} in it") from None
+        except RecursionError:
+            raise DataError(f"{path}{place}: nested too deep to be a label") from None
     return parsed, unknown
 
 
-def _incoming(path: Path, place: str, said: Said, annotator: str | None, rename: Mapping[str, str]) -> _Incoming:
+def _incoming(path: Path, place: str, said: ImportedAnswer, annotator: str | None) -> _Incoming:
     name = annotator or said.annotator
     try:
         if name is None:
             raise DataError("names no annotator: say whose labels these are")
-        name = text(rename.get(name, name), "the annotator")
-        if not name.strip() or len(name) > 200 or not name.isprintable():
-            raise DataError(f"{name!r} is no annotator's name: use 1 to 200 printable characters")
+        name = text(name, "the annotator")
+        if not name or name != name.strip() or len(name) > 200 or not name.isprintable():
+            raise DataError(
+                f"{short(name)} is no annotator's name: use 1 to 200 printable characters, no blank at either end"
+            )
         what = [name, said.question.query_id, answer_to_json(said.answer), said.note]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         submission = Submission(said.answer, key, said.shown, said.seconds, said.note, said.flagged)
@@ -181,6 +183,8 @@ def _write(store: Store, connection: Connection, incoming: Sequence[_Incoming]) 
     people = {person.name: person for person in all_people(connection)}
     history: defaultdict[tuple[str, str], list[Label]] = defaultdict(list)
     for label in all_labels(connection, current=False):
+        if label.adjudicated:
+            continue  # a settlement stands beside what its lead answered
         history[label.annotator, label.query_id].append(label)
     counts = {"added": 0, "already": 0, "superseded": 0}
     for new in incoming:

@@ -17,15 +17,15 @@ from dissonance.errors import DataError
 from dissonance.feedback.exchange.asked import (
     MODELS,
     Asked,
+    ImportedAnswer,
     Parsed,
-    Said,
     blind_order,
     order_from_ranks,
     order_shown,
     ranks_from_order,
     text_of,
 )
-from dissonance.feedback.exchange.reading import one_of, short, stars, text
+from dissonance.feedback.exchange.reading import one_of, seconds, short, stars, text
 from dissonance.records import Answer, Choice, Label, QueryKind, Question
 
 _FIRST, _SECOND, _TIE, _BOTH_BAD = "Answer 1 is better", "Answer 2 is better", "They are equally good", "Both are bad"
@@ -233,28 +233,25 @@ def _values(annotation: dict[str, Any]) -> dict[str, Any]:
 
 def _said(
     question: Question, order: tuple[int, ...], annotation: dict[str, Any], values: dict[str, Any], *, user: object
-) -> Said:
+) -> ImportedAnswer:
     """What an annotation says; `values` is what its controls hold."""
-    signed, editor, seconds = (
-        _note(values.get("answered_by")),
-        annotation.get("updated_by"),
-        annotation.get("lead_time"),
-    )
+    signed, editor = _note(values.get("answered_by")), annotation.get("updated_by")
+    lead_time = annotation.get("lead_time")
     # What we sent along is its annotator's, unless somebody changed it.
     ours = bool(signed) and editor is None
-    return Said(
+    return ImportedAnswer(
         question,
         annotator=signed if ours else _user(editor if signed else user),
         answer=Answer() if annotation.get("was_cancelled") else _answer(question, order, values),
         shown=() if ours else order,
-        seconds=float(seconds) if isinstance(seconds, int | float) and not isinstance(seconds, bool) else None,
+        seconds=None if lead_time is None else seconds(lead_time, "lead_time"),
         note=_note(values.get("note")),
     )
 
 
-def _predicted(question: Question, order: tuple[int, ...], prediction: dict[str, Any]) -> Said:
+def _predicted(question: Question, order: tuple[int, ...], prediction: dict[str, Any]) -> ImportedAnswer:
     values = _values(prediction)
-    return Said(
+    return ImportedAnswer(
         question,
         annotator=text(prediction.get("model_version"), "model_version"),
         answer=_answer(question, order, values),

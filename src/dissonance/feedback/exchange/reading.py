@@ -6,6 +6,9 @@ The format is told by the content, never by the name. Every error is one line: t
 import csv
 import io
 import json
+import math
+import re
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,19 +25,11 @@ FORMATS: tuple[ImportFormat, ...] = get_args(ImportFormat)
 Row = tuple[str, dict[str, Any]]
 """A row after its place, which is written behind the file's name: `:7` for a line, ` record 3`, ` row 3`."""
 
+_TRUTH = {"yes": True, "no": False, "true": True, "false": False, "1": True, "0": False}
 _ONE_OF = (
     "TRL preferences (prompt, chosen, rejected), Argilla's records, Label Studio's JSON or JSON_MIN, "
     "or CSV with query_id and annotator"
 )
-
-
-def detect_format(path: Path) -> ImportFormat:
-    """Tell what a file of labels is.
-
-    Raises:
-        DataError: it cannot be read, or is none of the known formats.
-    """
-    return format_of(path, read_rows(path))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -104,6 +99,26 @@ def stars(value: object) -> int:
     return value
 
 
+def truth(value: object, name: str) -> bool:
+    """A truth, or a word for one as tables have it: yes, no, true, false, 1, 0."""
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {short(value)}: it must be true or false")
+    return _TRUTH[one_of(value.lower(), _TRUTH, f"value of {name}")]
+
+
+def seconds(value: object, name: str) -> float:
+    """A duration from a number, or from a text that writes one."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise DataError(f"{name} is {short(value)}: write a number from 0 up")
+    return number
+
+
 def whole_numbers(value: str, name: str) -> tuple[int, ...]:
     """Read whole numbers between commas or blanks, such as `3,1`."""
     parts = value.replace(",", " ").split()
@@ -114,7 +129,10 @@ def whole_numbers(value: str, name: str) -> tuple[int, ...]:
 
 def short(value: object) -> str:
     """A value as an error shows it."""
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except RecursionError:
+        shown = f"a {type(value).__name__} nested too deep to show"
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
@@ -161,6 +179,11 @@ def _parsed(path: Path, content: str, first_line: int) -> Any:
         raise DataError(f"{path}:{line}: not valid JSON at column {error.colno}: {error.msg}{hint}") from None
     except RecursionError:
         raise DataError(f"{path}:{first_line}: JSON nested too deep to be labels") from None
+    except ValueError:  # Python reads no whole number of so many digits
+        limit = sys.get_int_max_str_digits()
+        long = re.search(rf"\d{{{limit + 1}}}", content)
+        line = first_line + content.count("\n", 0, long.start() if long else 0)
+        raise DataError(f"{path}:{line}: a number of more than {limit} digits is no label's") from None
 
 
 def _object(path: Path, place: str, row: object) -> dict[str, Any]:
@@ -192,7 +215,7 @@ def _csv_rows(path: Path, content: str) -> list[Row]:
 def _parquet_rows(path: Path) -> list[Row]:
     try:
         rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{path}: damaged Parquet ({reason}): write it again") from None
     return [(f" row {number}", row) for number, row in enumerate(rows, 1)]

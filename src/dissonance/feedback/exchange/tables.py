@@ -16,14 +16,13 @@ Columns of other names are not read.
 """
 
 import csv
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dissonance.errors import DataError
-from dissonance.feedback.exchange.asked import Asked, Parsed, Said, order_shown
-from dissonance.feedback.exchange.reading import one_of, short, text, whole_numbers
+from dissonance.feedback.exchange.asked import Asked, ImportedAnswer, Parsed, order_shown
+from dissonance.feedback.exchange.reading import one_of, seconds, text, truth, whole_numbers
 from dissonance.records import Answer, Choice, Label, Question
 
 COLUMNS = (
@@ -31,9 +30,9 @@ COLUMNS = (
     "shown", "seconds", "note", "flagged",
 )  # fmt: skip
 
+_NAMES = ("query_id", "prompt_id", "annotator")
 _CHOICES: dict[str, Choice] = {"first": "first", "second": "second", "tie": "tie", "both_bad": "both_bad"}
 _SWAPPED: dict[str, Choice] = {**_CHOICES, "first": "second", "second": "first"}
-_TRUTH = {"yes": True, "no": False, "true": True, "false": False, "1": True, "0": False}
 # A spreadsheet would run a cell that begins so as a formula; the apostrophe makes it text, and is taken off again.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
@@ -69,7 +68,9 @@ def _csv_row(label: Label, question: Question) -> dict[str, object]:
 
 def parse_csv_row(row: dict[str, Any], asked: Asked) -> Parsed:
     """Read a row."""
-    cells = {name: row[name].strip() for name in COLUMNS if row.get(name, "").strip()}
+    given = {name: text(row[name], name) for name in COLUMNS if name in row}
+    # Names are taken as they stand: a blank may be part of them.
+    cells = {name: cell if name in _NAMES else cell.strip() for name, cell in given.items() if cell.strip()}
     order = whole_numbers(cells["completion_ids"], "completion_ids") if "completion_ids" in cells else None
     question = _question(cells, order, asked)
     order = order or question.completion_ids
@@ -78,14 +79,14 @@ def parse_csv_row(row: dict[str, Any], asked: Asked) -> Parsed:
             f"query {question.query_id!r} is about completions {', '.join(map(str, question.completion_ids))}, "
             f"not {', '.join(map(str, order))}"
         )
-    said = Said(
+    said = ImportedAnswer(
         question,
-        annotator=text(_unguarded(cells["annotator"]), "annotator") if "annotator" in cells else None,
+        annotator=_unguarded(cells["annotator"]) if "annotator" in cells else None,
         answer=_answer(cells, question, order),
         shown=order_shown(question, cells["shown"].replace(" ", "")) if "shown" in cells else (),
-        seconds=_seconds(cells.get("seconds")),
-        note=text(_unguarded(row.get("note", "")), "note"),
-        flagged=_truth(cells.get("flagged", "no"), "flagged"),
+        seconds=seconds(cells["seconds"], "seconds") if "seconds" in cells else None,
+        note=_unguarded(given.get("note", "")),
+        flagged=truth(cells.get("flagged", "no"), "flagged"),
     )
     return Parsed((said,))
 
@@ -109,29 +110,13 @@ def _answer(cells: dict[str, str], question: Question, order: tuple[int, ...]) -
     answer = Answer(
         choice=None if choice == "skip" else (_CHOICES if order == question.completion_ids else _SWAPPED)[choice],
         rating=None if rating is None else int(rating),
-        safe=_truth(cells["safe"], "safe") if "safe" in cells else None,
+        safe=truth(cells["safe"], "safe") if "safe" in cells else None,
         ranks=None if ranks is None else tuple(ranks[order.index(i)] for i in question.completion_ids),
     )
     if answer.skipped != (cells.get("choice") == "skip"):
         says = "skips and answers at once" if "choice" in cells else "says nothing"
         raise DataError(f"the row {says}: fill in one of choice, rating or safe, ranks; or write skip under choice")
     return answer
-
-
-def _truth(value: str, name: str) -> bool:
-    return _TRUTH[one_of(value.lower(), _TRUTH, f"value of {name}")]
-
-
-def _seconds(value: str | None) -> float | None:
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = math.nan
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise DataError(f"seconds is {short(value)}: write a number from 0 up")
-    return seconds
 
 
 def _yes_or_no(value: bool) -> str:

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 
 from dissonance.errors import DataError, SettingsError
 from dissonance.feedback.aggregate import PreferencePair
-from dissonance.feedback.exchange.asked import Asked, Parsed, Said, Turns
-from dissonance.feedback.exchange.reading import short, text
+from dissonance.feedback.exchange.asked import Asked, ImportedAnswer, Parsed, Turns
+from dissonance.feedback.exchange.reading import short, text, truth
 from dissonance.records import ROLES, Answer, Question
 
 _TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -131,12 +131,10 @@ def parse_preference(row: dict[str, Any], asked: Asked) -> Parsed:
     The annotator is the one in a column `annotator`; a `source` is no annotator.
     """
     prompt, chosen, rejected = _sides(row)
-    candidates = asked.pairs(prompt, (chosen, rejected))
-    ids = (row.get("chosen_id"), row.get("rejected_id"))
-    named = [q for q in candidates if q.prompt_id == row.get("prompt_id") and set(q.completion_ids) == set(ids)]
-    question = (named or candidates)[0]
+    ids = _id(row, "chosen_id"), _id(row, "rejected_id")
+    question, named = asked.pair(prompt, (chosen, rejected), row.get("prompt_id"), ids)
     first, second = question.completions
-    if row.get("tie"):
+    if (tie := row.get("tie")) not in (None, "") and truth(tie, "tie"):
         answer = Answer("tie")
     elif first != second:
         answer = Answer("first" if chosen == first else "second")
@@ -145,7 +143,18 @@ def parse_preference(row: dict[str, Any], asked: Asked) -> Parsed:
     else:
         raise DataError(f"chosen and rejected are the same text ({short(chosen)}): which one is meant?")
     who = row.get("annotator")
-    return Parsed((Said(question, None if who is None else text(who, "the annotator"), answer),))
+    return Parsed((ImportedAnswer(question, None if who is None else text(who, "the annotator"), answer),))
+
+
+def _id(row: dict[str, Any], name: str) -> int | None:
+    value = row.get(name)
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
+        return int(value)
+    if value in (None, ""):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DataError(f"{name} is {short(value)}: it must be a whole number")
+    return value
 
 
 def _sides(row: dict[str, Any]) -> tuple[Turns, str, str]:

@@ -11,7 +11,7 @@ from dissonance.errors import DataError
 from dissonance.feedback import overview as overviews
 from dissonance.feedback.access import invite, revoke_tokens
 from dissonance.feedback.rows import answer_from_json, answer_to_json
-from dissonance.feedback.web.forms import Key, Note, QueryId, Seconds, check_shown
+from dissonance.feedback.web.forms import Key, Note, QueryId, Seconds, check_shown, reordered
 from dissonance.feedback.web.lookups import person_progress
 from dissonance.feedback.web.site import SiteOf, VisitorOf, get_lead, get_visitor
 from dissonance.feedback.web.views import PersonProgress
@@ -57,20 +57,20 @@ class QuestionReply(BaseModel):
     query_id: str
     kind: QueryKind
     messages: list[MessageReply]
-    completion_ids: list[int]
+    completion_ids: list[int] = Field(description="In an order drawn at random, which is the one to show them in.")
     completions: list[str] = Field(description="The texts, in the order of completion_ids.")
-    shown: list[int] = Field(description="completion_ids in the order to show them, drawn at random.")
+    shown: list[int] = Field(description="The same as completion_ids: what to send back with the answer.")
     expires_at: float = Field(description="Seconds since 1970, UTC.")
 
 
 class AnswerValue(_Strict):
     """A choice, a rating (with or without safe), ranks; or none of them, which is a skip."""
 
-    choice: Choice | None = Field(None, description="In terms of completion_ids, whatever was shown left or right.")
+    choice: Choice | None = Field(None, description="The first or the second of `shown` is better, or neither.")
     rating: Annotated[int, Field(ge=1, le=5)] | None = None
     safe: bool | None = None
     ranks: Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=2, max_length=100)] | None = Field(
-        None, description="One for each of completion_ids, 1 the best; equal ranks are ties."
+        None, description="One for each of `shown`, in its order, 1 the best; equal ranks are ties."
     )
 
 
@@ -81,7 +81,7 @@ class AnswerRequest(_Strict):
     key: Key
     answer: AnswerValue
     shown: Annotated[list[int], Field(min_length=1, max_length=100)] = Field(
-        description="completion_ids in the order in which they were shown."
+        description="completion_ids in the order in which they were shown, which is the order that `answer` speaks of."
     )
     seconds: Seconds | None = None
     note: Note = ""
@@ -89,7 +89,7 @@ class AnswerRequest(_Strict):
 
 
 class LabelReply(BaseModel):
-    """A label, as it is stored."""
+    """A label that is stored; its answer speaks of the order of `shown`."""
 
     label_id: int
     query_id: str
@@ -141,12 +141,14 @@ def question(site: SiteOf, visitor: VisitorOf) -> QuestionReply | None:
     if lease is None:
         return None
     asked = lease.question
+    texts = dict(zip(asked.completion_ids, asked.completions, strict=True))
     return QuestionReply(
         query_id=asked.query_id,
         kind=asked.kind,
         messages=[MessageReply(role=m.role, content=m.content) for m in asked.messages],
-        completion_ids=list(asked.completion_ids),
-        completions=list(asked.completions),
+        # Not in the order of asking: a strategy may put the likelier winner first.
+        completion_ids=list(lease.shown),
+        completions=[texts[completion_id] for completion_id in lease.shown],
         shown=list(lease.shown),
         expires_at=lease.expires_at,
     )
@@ -156,12 +158,15 @@ def question(site: SiteOf, visitor: VisitorOf) -> QuestionReply | None:
 def answer(site: SiteOf, visitor: VisitorOf, said: Annotated[AnswerRequest, Body()]) -> LabelReply:
     """Store an answer; it is on disk when this replies. Another answer to the same question corrects the first."""
     asked = site.question_for(visitor.person, said.query_id)
+    shown = check_shown(tuple(said.shown), asked)
+    given = answer_from_json(said.answer.model_dump(exclude_none=True))
+    given.fits(asked)
     label = site.record(
         visitor.person,
         asked,
-        answer_from_json(said.answer.model_dump(exclude_none=True)),
+        reordered(given, shown, asked.completion_ids),
         said.key,
-        shown=check_shown(tuple(said.shown), asked),
+        shown=shown,
         seconds=said.seconds,
         note=said.note,
         flagged=said.flagged,
@@ -169,7 +174,7 @@ def answer(site: SiteOf, visitor: VisitorOf, said: Annotated[AnswerRequest, Body
     return LabelReply(
         label_id=label.label_id,
         query_id=label.query_id,
-        answer=AnswerValue(**answer_to_json(label.answer)),
+        answer=AnswerValue(**answer_to_json(reordered(label.answer, asked.completion_ids, shown))),
         shown=list(label.shown),
         seconds=label.seconds,
         note=label.note,

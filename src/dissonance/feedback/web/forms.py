@@ -85,6 +85,16 @@ def check_shown(shown: tuple[int, ...], question: Question) -> tuple[int, ...]:
     return shown
 
 
+def reordered(answer: Answer, of: tuple[int, ...], to: tuple[int, ...]) -> Answer:
+    """An answer about completions in one order, in terms of another order of them; `of` and `to` are completion_ids."""
+    if answer.choice in {"first", "second"} and of != to:
+        return Answer(choice="second" if answer.choice == "first" else "first")
+    if answer.ranks is not None:
+        rank_of = dict(zip(of, answer.ranks, strict=True))
+        return Answer(ranks=tuple(rank_of[i] for i in to))
+    return answer
+
+
 def _choice(choice: str, question: Question, shown: tuple[int, ...]) -> Choice:
     if choice == "tie":
         return "tie"

@@ -18,7 +18,7 @@ _PACE_OF = 21
 """The latest answers that the pace is taken from."""
 
 _WHO: BindParameter[int] = bindparam("annotator_id")
-_MINE = and_(labels.c.annotator_id == _WHO, labels.c.supersedes.is_(None))
+_MINE = and_(labels.c.annotator_id == _WHO, labels.c.supersedes.is_(None), ~labels.c.adjudicated)
 _OPEN = and_(queries.c.closed_at.is_(None), queries.c.retired_at.is_(None), ~queries.c.is_gold)
 _COUNTS = select(
     select(func.count()).select_from(labels).where(_MINE).scalar_subquery(),
@@ -26,12 +26,12 @@ _COUNTS = select(
     select(func.count()).select_from(labels).join(queries).where(_MINE, _OPEN).scalar_subquery(),
 )
 _LATEST = select(labels.c.created_at).where(_MINE).order_by(labels.c.created_at.desc()).limit(_PACE_OF)
-_QUERY = select(queries).where(queries.c.query_id == bindparam("query_id"))
-_GIVEN = _QUERY.where(
+_GIVEN = select(queries).where(
+    queries.c.query_id == bindparam("query_id"),
     or_(
         exists().where(leases.c.annotator_id == _WHO, leases.c.query_id == queries.c.query_id),
         exists().where(labels.c.annotator_id == _WHO, labels.c.query_id == queries.c.query_id),
-    )
+    ),
 )
 
 
@@ -46,9 +46,8 @@ def person_progress(store: Store, annotator_id: int) -> PersonProgress:
     return PersonProgress(done, n_open - answered, 3600 / between if between > 0 else None)
 
 
-def find_question(store: Store, query_id: str, *, given_to: int | None = None) -> Question | None:
-    """A question; with `given_to`, only if that annotator was ever shown it: they may answer no other."""
-    values = {"query_id": query_id} | ({} if given_to is None else {"annotator_id": given_to})
+def question_given_to(store: Store, annotator_id: int, query_id: str) -> Question | None:
+    """A question that an annotator was ever shown; None for any other, which they may not answer."""
     with store.reading() as connection:
-        row = connection.execute(_QUERY if given_to is None else _GIVEN, values).one_or_none()
+        row = connection.execute(_GIVEN, {"query_id": query_id, "annotator_id": annotator_id}).one_or_none()
     return None if row is None else question_from_row(row)

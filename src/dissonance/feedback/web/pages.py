@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Form, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
-from dissonance.feedback.access import end_session, sign_in
+from dissonance.feedback.access import end_session, person_of_token, sign_in
 from dissonance.feedback.overview import overview
 from dissonance.feedback.web.forms import AnswerForm, QueryId, answer_of
 from dissonance.feedback.web.lookups import person_progress
@@ -93,9 +93,11 @@ def join(request: Request, site: SiteOf, token: Annotated[str, Form(max_length=5
     """Sign in with a token, or with the link that holds it."""
     if site.local is not None:
         return RedirectResponse("/", 303)
-    if wait := site.limit.wait(request):
+    given = token.rpartition("#")[2].strip()
+    # A wrong token too many is only looked up: signing in would write of each.
+    if (wait := site.limit.wait(request)) and person_of_token(site.store, given) is None:
         raise too_many(wait)
-    secret = sign_in(site.store, token.rpartition("#")[2].strip(), site.settings.session_seconds)
+    secret = sign_in(site.store, given, site.settings.session_seconds)
     if secret is None:
         site.limit.failed(request)
         return site.html("join.html", 401, error="This link is not, or no longer, good: ask for a new one.")

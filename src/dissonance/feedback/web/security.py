@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BODY_BYTES = 256 * 1024
 SIGN_IN_FAILURES = 10
-"""How many wrong tokens one address may send in a minute."""
+"""How many wrong tokens one address may send in a minute; right ones always work, since many may share an address."""
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 HEADERS = {
@@ -202,7 +202,7 @@ class SignInLimit:
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     def wait(self, request: Request) -> int:
-        """For how many seconds this client may send no token; 0 where it may."""
+        """For how many seconds a wrong token of this client is one too many; 0 where it is not."""
         who = _client(request)
         if self._limiter.test(self._allowed, who):
             return 0

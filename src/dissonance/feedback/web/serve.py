@@ -17,6 +17,7 @@ from dissonance.feedback.web.security import is_loopback
 from dissonance.feedback.web.settings import LabelSettings
 
 _BACKLOG = 1024
+_LAST_PORT = 65_535
 
 
 def serve(
@@ -38,6 +39,8 @@ def serve(
     Raises:
         SettingsError: the address cannot be listened at, or is open to others without login.
     """
+    if not 0 <= port <= _LAST_PORT:  # getaddrinfo would wrap it round
+        raise SettingsError(f"port {port} is none: use 1 to {_LAST_PORT}, or 0 for any that is free")
     if not settings.login_required and not is_loopback(host):
         raise SettingsError(f"{host} can be reached from other machines: require a login, or use 127.0.0.1")
     config = uvicorn.Config(

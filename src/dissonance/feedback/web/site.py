@@ -18,7 +18,7 @@ from dissonance.feedback.access import person_of_session, person_of_token
 from dissonance.feedback.schema import labels
 from dissonance.feedback.store import Lease, Person, Store
 from dissonance.feedback.web.forms import fields_of
-from dissonance.feedback.web.lookups import find_question, person_progress
+from dissonance.feedback.web.lookups import person_progress, question_given_to
 from dissonance.feedback.web.markdown import render_markdown
 from dissonance.feedback.web.security import SAFE_METHODS, SignInLimit
 from dissonance.feedback.web.settings import LabelSettings
@@ -61,7 +61,7 @@ class Site:
 
     def html(self, template: str, status_code: int = 200, /, **context: Any) -> HTMLResponse:
         """Render a page or a part of one."""
-        return HTMLResponse(self.templates.get_template(template).render(context), status_code)
+        return HTMLResponse(self.templates.get_template(template).render(context, run=self.store.run_id), status_code)
 
     def lease(self, person: Person) -> Lease | None:
         """The next question of a person."""
@@ -89,8 +89,13 @@ class Site:
 
     def question_for(self, person: Person, query_id: str) -> Question:
         """The question that an answer of this person is about; 404 where it is none of theirs."""
-        given_to = None if person.role == "lead" else person.annotator_id
-        question = find_question(self.store, query_id, given_to=given_to)
+        if person.role != "lead":
+            question = question_given_to(self.store, person.annotator_id, query_id)
+        else:
+            try:
+                question = self.store.question(query_id)
+            except DataError:
+                question = None
         if question is None:
             raise HTTPException(404, f"there is no question {query_id!r} of yours: load the page again")
         return question
@@ -101,7 +106,8 @@ class Site:
             return self.store.record(person.annotator_id, question.query_id, answer, key=key, **said)
         except DataError as error:
             with self.store.reading() as connection:
-                used = connection.scalar(select(labels.c.label_id).where(labels.c.key == key))
+                mine = (labels.c.annotator_id == person.annotator_id, labels.c.key == key)
+                used = connection.scalar(select(labels.c.label_id).where(*mine))
             if used is None:
                 raise
             raise HTTPException(409, str(error)) from error
@@ -124,7 +130,7 @@ async def get_visitor(
 
     Raises:
         NotSignedInError: nobody.
-        HTTPException: 401 or 429 for a wrong token, 403 without the CSRF token.
+        HTTPException: 401 for a wrong token, 429 after too many of them, 403 without the CSRF token.
     """
     if bearer is not None:
         return await run_in_threadpool(_by_token, request, site, bearer.credentials)
@@ -148,10 +154,10 @@ def csrf_token(secret: str) -> str:
 
 
 def _by_token(request: Request, site: Site, token: str) -> Visitor:
-    if wait := site.limit.wait(request):
-        raise too_many(wait)
     person = person_of_token(site.store, token)
     if person is None:
+        if wait := site.limit.wait(request):
+            raise too_many(wait)
         site.limit.failed(request)
         raise HTTPException(401, "this token opens nothing: ask for a new link", headers={"WWW-Authenticate": "Bearer"})
     return Visitor(person, csrf="")

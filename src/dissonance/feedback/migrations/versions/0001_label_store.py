@@ -146,7 +146,7 @@ def _labels() -> None:
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.Column("supersedes", sa.Integer(), comment="The label that this corrects."),
         sa.PrimaryKeyConstraint("label_id", name="pk_labels"),
-        sa.UniqueConstraint("key", name="uq_labels_key"),
+        sa.UniqueConstraint("annotator_id", "key", name="uq_labels_annotator_id_key"),
         sa.ForeignKeyConstraint(["supersedes"], ["labels.label_id"], name="fk_labels_supersedes_labels"),
         *_whose("labels"),
     )
@@ -154,7 +154,7 @@ def _labels() -> None:
     op.create_index(
         "uq_labels_first",
         "labels",
-        ["annotator_id", "query_id"],
+        ["annotator_id", "query_id", "adjudicated"],
         unique=True,
         sqlite_where=first,
         postgresql_where=first,
