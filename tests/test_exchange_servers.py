@@ -253,8 +253,8 @@ def test_a_label_studio_server_takes_the_tasks_and_its_export_comes_back(file_fo
     # Into the run itself: the server's user is new, what anna and the judge said is not.
     before = said(store)
     for kind in ("pairwise", "rating", "ranking"):
-        import_labels(store, exports[kind, file_format], rename={"label-studio user 1": "cy"})
-    assert said(store) == before | {("cy", query_id): what for query_id, what in THEIRS.items()}
+        import_labels(store, exports[kind, file_format])
+    assert said(store) == before | theirs
 
 
 def test_a_skip_in_label_studio_is_a_skip(server, exports, tmp_path):
@@ -310,7 +310,7 @@ for record in records:
     record.dataset = loaded
     record.api_model()  # what would be sent
 JsonIO.to_json(records, out)
-print(json.dumps({"name": dataset.name, "records": len(records), "guidelines": settings.guidelines,
+print(json.dumps({"name": dataset.name, "records": len(records),
                   "responses": sum(len(r.responses) for r in records)}))
 """
 
@@ -325,7 +325,7 @@ def in_argilla(folder, out, answers):
 
 
 def test_argillas_own_classes_take_the_records_and_give_them_back(store, tmp_path):
-    write_argilla(tmp_path / "out", QUESTIONS, store.labels(), guidelines="Be **kind**.")
+    write_argilla(tmp_path / "out", QUESTIONS, store.labels())
     first = json.loads((tmp_path / "out" / "pairwise" / "records.json").read_text())[0]["metadata"]["shown"]
     answers = {
         "pair": {"choice": "answer_1", "note": "hm"},
@@ -335,21 +335,21 @@ def test_argillas_own_classes_take_the_records_and_give_them_back(store, tmp_pat
     }
     for name, records in (("pairwise", 2), ("rating", 1), ("ranking-3", 1)):
         done = in_argilla(tmp_path / "out" / name, tmp_path / f"{name}.json", answers)
-        assert (done["name"], done["records"], done["guidelines"]) == (name, records, "Be **kind**.")
+        assert (done["name"], done["records"]) == (name, records)
     order = json.loads((tmp_path / "out" / "ranking-3" / "records.json").read_text())[0]["metadata"]["shown"]
     places = dict(zip(order.split(","), (1, 2, 1), strict=True))
     with Store.open(tmp_path / "fresh.db", "other") as fresh:
         fresh.add_questions(QUESTIONS)
-        rename = {"argilla user 00000000-0000-0000-0000-000000000007": "cy"}
+        user = "argilla user 00000000-0000-0000-0000-000000000007"
         for name in ("pairwise", "rating", "ranking-3"):
-            report = import_labels(fresh, tmp_path / f"{name}.json", rename=rename, predictions=True)
+            report = import_labels(fresh, tmp_path / f"{name}.json", predictions=True)
             assert (report.format, report.added) == ("argilla", report.labels)
         ours = {(name, query): (answer, note) for name, _, query, answer, note in OURS}
         assert said(fresh) == ours | {
-            ("cy", "pair"): (Answer("first" if first.startswith("3") else "second"), "hm"),
-            ("cy", "flip"): (Answer("both_bad"), ""),
-            ("cy", "rate"): (Answer(rating=2, safe=True), ""),
-            ("cy", "rank"): (Answer(ranks=tuple(places[i] for i in "012")), ""),
+            (user, "pair"): (Answer("first" if first.startswith("3") else "second"), "hm"),
+            (user, "flip"): (Answer("both_bad"), ""),
+            (user, "rate"): (Answer(rating=2, safe=True), ""),
+            (user, "rank"): (Answer(ranks=tuple(places[i] for i in "012")), ""),
         }
 
 

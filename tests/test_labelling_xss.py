@@ -15,7 +15,7 @@ from dissonance.records import Answer, Message, Question
 from labelling_site import Visit, chromium, make_question, serving, visiting
 
 PAYLOADS: list[str] = json.loads((Path(__file__).parent / "xss_payloads.json").read_text(encoding="utf-8"))
-NAMES = [name for name in PAYLOADS if name.isprintable() and len(name) <= 200]
+NAMES = [name for name in PAYLOADS if name.isprintable() and len(name) <= 200 and name == name.strip()]
 
 # What a payload would call, and everything else that a script could do to be noticed.
 _TRAP = """
