@@ -527,3 +527,11 @@ def test_queries_as_a_table_carry_ids_that_do_not_hang_on_the_strategy():
     ratings = queries_table(choose(pool, "pacs", 20))["query_id"].to_pylist()
     assert not set(ratings) & set(ids.values())
     assert queries_table(choose(pool, "pacs", 1))["query_id"][0].as_py() == ratings[0]
+
+
+def test_a_query_of_another_round_is_another_query():
+    selection = choose(random_pool(6, 4), "random_pairs", 99)
+    rounds = [set(queries_table(selection, number)["query_id"].to_pylist()) for number in range(3)]
+    assert [len(ids) for ids in rounds] == [36] * 3
+    assert len(set().union(*rounds)) == 3 * 36
+    assert rounds[0] == set(queries_table(selection)["query_id"].to_pylist())

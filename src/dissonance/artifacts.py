@@ -175,6 +175,18 @@ class Run:
         """The folder of one round."""
         return self.path / f"round-{number:03d}"
 
+    def find_round(self, number: int | None = None) -> int:
+        """The number of a round that there is; the latest by default.
+
+        Raises:
+            RunError: there is no such round.
+        """
+        rounds = self.rounds
+        if not rounds or (number is not None and number not in rounds):
+            there = f"use {' or '.join(map(str, rounds))}" if rounds else "make the run first"
+            raise RunError(f"{self.path} has no round{'s' if number is None else f' {number}'}: {there}")
+        return rounds[-1] if number is None else number
+
     @property
     def ledger(self) -> dict[str, Any]:
         """What `run.json` says now."""

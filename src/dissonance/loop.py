@@ -197,6 +197,7 @@ def select(
     tau: float | str | None = None,
     delta: float | str | None = None,
     seed: int = 0,
+    round_number: int | None = None,
 ) -> dict[str, Any]:
     """Choose what to ask people about; writes `queries.parquet` beside the tables of the round.
 
@@ -207,21 +208,23 @@ def select(
         tau: least K of a prompt, 0.6, or a quantile, "q0.9".
         delta: least |PACS| of a completion, likewise.
         seed: of the strategies that draw.
+        round_number: which round to choose from; by default the latest.
 
     Returns:
         The keys of `select --json`.
 
     Raises:
-        InputError: the run is not finished, or an option is wrong; nothing was written.
+        InputError: the run or the round is not there or not finished, or an option is wrong; nothing was written.
     """
     if seed < 0:
         raise SettingsError(f"--seed is {seed}: give 0 or more")
     with open_run(Path(run)) as opened:
-        likelihood = opened.ledger["settings"]["likelihood"]
+        number = opened.find_round(round_number)
+        folder = opened.round(number)
         pool = pool_from_tables(
-            read_table(opened.round() / "prompts.parquet"),
-            read_table(opened.round() / "completions.parquet"),
-            likelihood,
+            read_table(folder / "prompts.parquet"),
+            read_table(folder / "completions.parquet"),
+            opened.ledger["settings"]["likelihood"],
         )
         chosen = select_queries(
             pool,
@@ -232,6 +235,7 @@ def select(
             delta=None if delta is None else parse_threshold(str(delta), "delta"),
         )
         found = {
+            "round": number,
             "strategy": chosen.strategy,
             "judgements": chosen.judgements,
             "prompts": chosen.prompts,
@@ -240,8 +244,9 @@ def select(
             "thresholds": {k: v if v is None or isfinite(v) else None for k, v in asdict(chosen.thresholds).items()},
             "explanation": list(chosen.explanation),
         }
-        write_table(opened.round() / "queries.parquet", queries_table(chosen))
-        opened.finish("select", budget=budget, tau=tau, delta=delta, seed=seed, summary=found)
+        write_table(folder / "queries.parquet", queries_table(chosen, number))
+        stage = f"select-{number:03d}" if number else "select"
+        opened.finish(stage, budget=budget, tau=tau, delta=delta, seed=seed, summary=found)
     return found
 
 

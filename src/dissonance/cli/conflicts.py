@@ -136,16 +136,22 @@ def select(
     tau: Annotated[str | None, typer.Option(help="Least K of a prompt: 0.6, or a quantile: q0.9.")] = None,
     delta: Annotated[str | None, typer.Option(help="Least |PACS| of a completion: 1.2, or a quantile: q0.8.")] = None,
     seed: Annotated[int, typer.Option(help="Of the strategies that draw.")] = 0,
+    round_number: Annotated[
+        int | None, typer.Option("--round", min=0, help="Which round to choose from; by default the latest.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Choose what to ask people, within a budget; writes RUN/round-000/queries.parquet.
+    """Choose what to ask people, within a budget; writes queries.parquet into the round's folder.
 
     Example: dissonance select run --strategy discordant --budget 200
     """
     from dissonance.loop import select as run_select
 
-    chosen = run_select(run, strategy=strategy, budget=budget, tau=tau, delta=delta, seed=seed)
-    say(chosen, as_json, [*chosen["explanation"], f"queries: {run / 'round-000' / 'queries.parquet'}"])
+    chosen = run_select(
+        run, strategy=strategy, budget=budget, tau=tau, delta=delta, seed=seed, round_number=round_number
+    )
+    folder = run / f"round-{chosen['round']:03d}"
+    say(chosen, as_json, [*chosen["explanation"], f"queries: {folder / 'queries.parquet'}"])
 
 
 @app.command()

@@ -84,11 +84,15 @@ def select(
     return selection
 
 
-def queries_table(selection: Selection) -> pa.Table:
-    """Give the queries as a table of `QUERIES_SCHEMA`; a query's id is the same whichever strategy asked it."""
+def queries_table(selection: Selection, round_number: int = 0) -> pa.Table:
+    """Give a round's queries as a table of `QUERIES_SCHEMA`.
+
+    A query's id is the same whichever strategy asked it, and another in another round: there, the same completion_ids
+    are other texts.
+    """
     rows = [
         {
-            "query_id": _query_id(query),
+            "query_id": _query_id(query, round_number),
             "prompt_id": query.prompt_id,
             "kind": query.kind,
             "completion_ids": query.completion_ids,
@@ -119,9 +123,10 @@ def _check_option(name: str, ask: Strategy, option: ThresholdName, threshold: Th
         raise SettingsError(f"strategy {name!r} uses no {option}: leave it out, or choose one of {users}")
 
 
-def _query_id(query: Query) -> str:
-    content = json.dumps([query.prompt_id, query.kind, sorted(query.completion_ids)])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def _query_id(query: Query, round_number: int) -> str:
+    # The first round's number is left out: labels that are there keep their queries.
+    content = [query.prompt_id, query.kind, sorted(query.completion_ids), *([round_number] if round_number else [])]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _check_queries(pool: Pool, name: str, queries: Sequence[Query], budget: int) -> None:
