@@ -2,13 +2,15 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dissonance.errors import DataError, SettingsError
-from dissonance.feedback.aggregate import COMPARISONS_LEFT_OUT, LABELS_LEFT_OUT, PreferencePair, aggregate
+from dissonance.feedback.aggregate import aggregate
+from dissonance.feedback.pairs import COMPARISONS_LEFT_OUT, LABELS_LEFT_OUT, PreferencePair
 from dissonance.records import Answer, Label, Message, Question
 
 METHODS = ("majority", "dawid_skene", "dgr")
@@ -134,7 +136,7 @@ def test_pairwise_weights_are_the_lead(method, said, pairs, left_out):
     found = run(votes("q", *said), [question("q")], method)
     assert orders(found) == pairs
     assert found.left_out == left_out
-    assert (found.both_bad == (("p", 0, 1),)) == ("both_bad" in left_out)
+    assert (found.both_bad == ((0, "p", 0, 1),)) == ("both_bad" in left_out)
 
 
 def test_dawid_skene_weighs_by_who_says_so_and_leaves_the_rest():
@@ -207,7 +209,7 @@ def test_a_completion_that_two_queries_rate_has_one_rating_and_one_safety():
     ]
     found = run(labels, asked)
     assert orders(found) == [(1, 0, 0.25, False)]  # 3 against (1 + 1 + 4) / 3
-    assert found.safe == {("p", 0): False}
+    assert found.safe == {(0, "p", 0): False}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -240,6 +242,34 @@ def test_an_adjudicated_preference_is_the_last_to_be_cut():
     found = run([*labels, settled], asked, "dgr")
     assert [pair[:2] for pair in orders(found)] == [(0, 1), (2, 0)]
     assert found.left_out == {"cyclic": 1}
+
+
+SETTLED = [
+    label(50, "r0", "lead", Answer(rating=3), adjudicated=True),
+    label(51, "r1", "lead", Answer(rating=2), adjudicated=True),
+]
+
+
+@pytest.mark.parametrize("settled", [SETTLED, SETTLED[:1]])
+def test_adjudicated_ratings_are_the_last_to_be_cut(settled):
+    asked = [question(f"r{i}", "rating", (i,)) for i in range(2)]
+    asked += [question("q12", ids=(1, 2)), question("q20", ids=(2, 0))]
+    labels = [*votes("r0", 4), *votes("r1", 2, start=5), *votes("q12", *["first"] * 5, start=10)]
+    found = run([*labels, *votes("q20", *["first"] * 4, start=20), *settled], asked, "dgr")
+    # One rating alone that is settled settles no preference: the other may be wrong.
+    kept = (0, 1) if len(settled) == 2 else (2, 0)
+    assert {pair[:2] for pair in orders(found)} == {(1, 2), kept}
+    assert found.left_out["cyclic"] == 1
+
+
+def test_adjudicated_ratings_outweigh_what_others_prefer():
+    asked = [*(question(f"r{i}", "rating", (i,)) for i in range(2)), question("q")]
+    against = votes("q", *["second"] * 9)
+    (pair,) = run([*against, *SETTLED], asked, "dgr").pairs
+    assert (pair.chosen_id, pair.source) == (0, "pairwise+rating/dgr")
+    assert 0 < pair.weight < 0.5
+    (pair,) = run([*against, *SETTLED[:1], *votes("r1", 2, start=60)], asked, "dgr").pairs
+    assert pair.chosen_id == 1
 
 
 def test_dgr_takes_all_kinds_of_a_prompt_together():
@@ -315,7 +345,7 @@ def test_safety_is_the_majority_and_stands_beside_every_pair():
     found = run(labels, asked)
     (pair,) = found.pairs
     assert (pair.chosen_safe, pair.rejected_safe) == (True, False)
-    assert found.safe == {("p", 0): False, ("p", 1): True}
+    assert found.safe == {(0, "p", 0): False, (0, "p", 1): True}
     assert found.left_out == {"single_rating": 1, "safe_only": 3, "safe_split": 1}
 
 
@@ -379,6 +409,31 @@ def test_every_label_is_counted_or_accounted_for_whatever_the_order(history, met
     for pair in found.pairs:
         assert pair.n_annotators >= 1
         assert not pair.tie or pair.chosen_id < pair.rejected_id
+
+
+@given(histories(), histories(), st.sampled_from(["majority", "dgr"]))
+@settings(max_examples=60, deadline=None)
+def test_a_prompt_of_another_round_is_another_prompt(first, second, method):
+    """The same prompt_ids and completion_ids with other texts: together they come to what each comes to alone."""
+    labels, asked, gold = second
+    later = [replace(q, query_id=f"later {q.query_id}", round=1) for q in asked]
+    labels = [
+        replace(
+            x,
+            label_id=x.label_id + 1000,
+            query_id=f"later {x.query_id}",
+            supersedes=None if x.supersedes is None else x.supersedes + 1000,
+        )
+        for x in labels
+    ]
+    second = labels, later, {f"later {query_id}": answer for query_id, answer in gold.items()}
+    alone = [run(of, asked, method, gold) for of, asked, gold in (first, second)]
+    both = run(first[0] + second[0], first[1] + second[1], method, first[2] | second[2])
+    assert both.pairs == alone[0].pairs + alone[1].pairs
+    assert {pair.round for pair in alone[1].pairs} <= {1}
+    assert both.both_bad == alone[0].both_bad + alone[1].both_bad
+    assert both.safe == {**alone[0].safe, **alone[1].safe}
+    assert both.left_out == Counter(alone[0].left_out) + Counter(alone[1].left_out)
 
 
 def test_a_pair_refuses_what_it_cannot_be():

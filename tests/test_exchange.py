@@ -252,7 +252,7 @@ def test_preferences_are_trls_conversational_ones(suffix, tmp_path):
         "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}],
         "chosen": [{"role": "assistant", "content": "four <b>"}],
         "rejected": [{"role": "assistant", "content": "5\n\nor so"}],
-        "weight": 0.75, "source": "pairwise/majority", "prompt_id": "p1", "chosen_id": 3, "rejected_id": 0,
+        "weight": 0.75, "source": "pairwise/majority", "round": 0, "prompt_id": "p1", "chosen_id": 3, "rejected_id": 0,
         "chosen_safe": True, "rejected_safe": None,
     }  # fmt: skip
     assert "tie" not in rows[1]
@@ -267,14 +267,49 @@ def test_ties_and_safety_are_columns_only_when_there_is_something_in_them(tmp_pa
     assert "chosen_safe" not in table.column_names
 
 
-def test_preferences_need_the_texts_of_one_round(tmp_path):
+def test_preferences_need_their_texts(tmp_path):
     with pytest.raises(SettingsError, match=r"\.jsonl or \.parquet, not '\.txt'"):
         write_preferences(tmp_path / "out", PAIRS, QUESTIONS, suffix=".txt")
-    with pytest.raises(DataError, match="no question shows completion 3 of prompt 'p1'"):
+    with pytest.raises(DataError, match="no question shows completion 3 of prompt 'p1' in round 0"):
         write_preferences(tmp_path / "out", PAIRS, QUESTIONS[1:], suffix=".jsonl")
-    later = replace(QUESTIONS[0], query_id="later", completions=("x", "y"))
-    with pytest.raises(DataError, match="two texts: export one round at a time"):
-        write_preferences(tmp_path / "out", PAIRS, [*QUESTIONS, later], suffix=".jsonl")
+    other = replace(QUESTIONS[0], query_id="other", completions=("x", "y"))
+    with pytest.raises(DataError, match="completion 3 of prompt 'p1' has two texts in round 0"):
+        write_preferences(tmp_path / "out", PAIRS, [*QUESTIONS, other], suffix=".jsonl")
+
+
+def test_preferences_have_the_texts_of_their_round(tmp_path):
+    again = (Message("user", "Once more: 2 + 2?"),)
+    later = replace(BY_ID["pair"], query_id="later", messages=again, completions=("x", "y"), round=1)
+    pairs = [PAIRS[0], replace(PAIRS[0], chosen_id=0, rejected_id=3, round=1)]
+    with pytest.raises(DataError, match="no question shows completion 0 of prompt 'p1' in round 1"):
+        write_preferences(tmp_path / "out", pairs, QUESTIONS, suffix=".jsonl")
+    write_preferences(tmp_path / "out.jsonl", pairs, [*QUESTIONS, later], suffix=".jsonl")
+    rows = read_preferences(tmp_path / "out.jsonl")
+    assert [(row["round"], row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows] == [
+        (0, "four <b>", "5\n\nor so"),
+        (1, "y", "x"),
+    ]
+    assert rows[1]["prompt"] == [{"role": "user", "content": "Once more: 2 + 2?"}]
+
+
+@pytest.mark.parametrize("completions", [BY_ID["flip"].completions, ("acht", "neun")])
+def test_a_preference_and_a_row_come_back_to_their_round(completions, store, tmp_path):
+    """A prompt comes back in a later round, with the same texts or with others under the same completion_ids."""
+    store.add_questions([replace(BY_ID["flip"], query_id="later", completions=completions)], round_number=1)
+    questions = store.questions()
+    assert [question.round for question in questions] == [0, 0, 0, 0, 1]
+    pair = PreferencePair("p2", 0, 1, 1.0, False, "pairwise/majority", 1, round=1)
+    write_preferences(tmp_path / "out.jsonl", [pair], questions, suffix=".jsonl")
+    import_labels(store, tmp_path / "out.jsonl", annotator="lab")
+    row = {"prompt_id": "p2", "completion_ids": "1,0", "annotator": "ben", "choice": "first"}
+    with pytest.raises(DataError, match=r"asked about more than once \(flip, later\): add query_id, or round"):
+        import_labels(store, csv_file(tmp_path, row))
+    import_labels(store, csv_file(tmp_path, row | {"round": "1"}))
+    assert said(store.labels()) == {("lab", "later"): (Answer("first"), ""), ("ben", "later"): (Answer("second"), "")}
+    with pytest.raises(DataError, match="asked nothing about completions 1,0 of prompt 'p2' in round 2"):
+        import_labels(store, csv_file(tmp_path, row | {"round": "2"}))
+    with pytest.raises(DataError, match="round is 'two': write a whole number"):
+        import_labels(store, csv_file(tmp_path, row | {"round": "two"}))
 
 
 @settings(max_examples=20, deadline=None)
@@ -481,12 +516,33 @@ def test_an_import_corrects_and_never_takes_back_a_correction(store, tmp_path):
     tie = csv_file(tmp_path, {"query_id": "pair", "annotator": "anna", "choice": "tie"})
     import_labels(store, tie)
     other = tmp_path / "other.csv"
-    other.write_text("query_id,annotator,choice\npair,anna,first\n")
-    assert import_labels(store, other).added == 1
+    other.write_text("query_id,annotator,choice\npair,anna,first\nflip,anna,tie\n")
+    report = import_labels(store, other)
+    assert (report.labels, report.added, report.corrected) == (2, 1, 1)
     report = import_labels(store, tie)
-    assert (report.added, report.already, report.superseded) == (0, 0, 1)
-    (current,) = store.labels()
-    assert (current.answer, len(store.labels(current=False))) == (Answer("first"), 2)
+    assert (report.added, report.corrected, report.already, report.superseded) == (0, 0, 0, 1)
+    assert said(store.labels()) == {("anna", "pair"): (Answer("first"), ""), ("anna", "flip"): (Answer("tie"), "")}
+    assert len(store.labels(current=False)) == 3
+
+
+@pytest.mark.parametrize("between", [";", "\t"])
+def test_a_spreadsheet_may_write_no_commas_between_columns(between, store, tmp_path):
+    rows = [
+        ["query_id", "annotator", "ranks", "choice", "seconds", "note"],
+        ["rank", "anna", "2,1,3", "", "2,5" if between == ";" else "2.5", "so, so"],
+        ["pair", "anna", "", "tie", "", ""],
+    ]
+    path = tmp_path / "labels.csv"
+    path.write_text("\ufeff" + "\r\n".join(map(between.join, rows)) + "\r\n")
+    assert import_labels(store, path).added == 2
+    assert said(store.labels())["anna", "rank"] == (Answer(ranks=(2, 1, 3)), "so, so")
+    assert [one.seconds for one in store.labels()] == [2.5, None]
+
+
+def test_a_comma_in_a_number_is_no_decimal_between_commas(store, tmp_path):
+    path = csv_file(tmp_path, {"query_id": "pair", "annotator": "anna", "choice": "tie", "seconds": "1,234"})
+    with pytest.raises(DataError, match="seconds is '1,234': write a number"):
+        import_labels(store, path)
 
 
 BAD_CSV = [
@@ -507,7 +563,7 @@ BAD_CSV = [
     ({"choice": "skip", "rating": "3"}, "skips and answers at once"),
     ({"choice": "tie", "seconds": "soon"}, "seconds is 'soon'"),
     ({"choice": "tie", "flagged": "red"}, "unknown value of flagged"),
-    ({"choice": "tie", "annotator": ""}, "names no annotator"),
+    ({"choice": "tie", "annotator": ""}, "names no annotator: say whose labels the file's are, with --as NAME"),
     ({"choice": "tie", "annotator": "a\u200bnna"}, "is no annotator's name"),
     ({"choice": "tie", "note": "a\0b"}, "NUL|no text"),
 ]
@@ -683,6 +739,7 @@ BAD_FILES = [
     (b'[{"id": 1, "choice.responses": ["a"]}]', "flattened records"),
     (b"PAR1nonsense", "damaged Parquet"),
     (b"query_id,annotator\npair\n", ":2: 1 cells under 2 columns"),
+    (b"query_id;annotator\npair,anna\n", ":2: 1 cells under 2 columns"),
     (b"query_id,query_id\na,b\n", "a column stands twice"),
     (b'query_id,annotator\n"pair,anna\n', "not valid CSV"),
     (b"id,annotator,annotation_id\n1,1,1\n", "Label Studio's CSV leaves out"),

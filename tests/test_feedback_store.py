@@ -277,7 +277,8 @@ def test_the_same_question_with_its_completions_in_another_order(store, ann):
     label = say(store, ann, "q00")
     turned = replace(question("q00"), completion_ids=(1, 3), completions=("text 1", "text 3"))
     assert store.add_questions([turned], round_number=1) == 0
-    assert store.questions() == numbered(1)  # so that first and second mean what they did
+    # So that first and second mean what they did.
+    assert store.questions() == [replace(question("q00"), round=1)]
     assert store.labels() == [label]
     one_line(DataError, lambda: store.add_gold([(turned, FIRST, "")]), "its completions in another order")
 

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 
 import krippendorff
 import numpy as np
@@ -20,7 +21,8 @@ from dissonance.feedback.preference_graph import (
     greedy_order,
     preference_graph,
 )
-from dissonance.feedback.quality import agreements, annotator_quality, conflict_rate, dawid_skene, is_right, wilson
+from dissonance.feedback.quality import agreements, annotator_quality, conflict_rate, is_right, wilson
+from dissonance.feedback.reliability import dawid_skene
 from dissonance.feedback.votes import FIRST, SECOND, TIE, Unit, coded, decided, independent
 from dissonance.records import Answer, Label, Message, Question
 
@@ -375,6 +377,17 @@ def test_rankings_and_pairs_contradict_each_other():
     assert conflict_rate(labels[:1], asked, {}).cyclic == ()
 
 
+def test_a_cycle_is_of_one_round():
+    rows = circle("p", (0, 1), (1, 2), (2, 0))
+    asked = by_id(*(q for q, _ in rows))
+    labels = labels_of(*((q.query_id, "ann", said) for q, said in rows))
+    moved = {query_id: replace(q, round=2) for query_id, q in asked.items()}
+    (prompt,) = conflict_rate(labels, moved, {}).cyclic
+    assert (prompt.round, prompt.prompt_id, prompt.cycle) == (2, "p", (0, 1, 2))
+    found = conflict_rate(labels, asked | {"p-2-0": moved["p-2-0"]}, {})
+    assert (found.prompts, found.cyclic) == (1, ())
+
+
 def test_no_prompt_that_could_have_a_cycle_gives_no_rate():
     asked = by_id(question("q"), question("r", "rating", (2,)))
     assert conflict_rate(labels_of(("q", "ann", "first"), ("r", "ann", 3)), asked, {}).rate is None
@@ -562,6 +575,6 @@ def test_a_ranking_counts_as_many_judgements_as_it_costs():
     (label,) = labels_of(("k", "ann", (4, 2, 2, 1)))
     answers = coded([label], by_id(asked), "ranking")
     assert sum(unit.share for unit in answers.units) == pytest.approx(3)
-    assert answers.units[0] == Unit("k", "p", (0, 1), 0.5)
+    assert answers.units[0] == Unit("k", (0, "p"), (0, 1), 0.5)
     said = {unit.completion_ids: value for unit, value in zip(answers.units, answers.value.tolist(), strict=True)}
     assert said == {(0, 1): FIRST, (0, 2): FIRST, (0, 3): FIRST, (1, 2): TIE, (1, 3): FIRST, (2, 3): FIRST}

@@ -69,6 +69,11 @@ def test_questions_of_every_kind_come_in_the_order_of_asking(folder: Path) -> No
     ]
 
 
+def test_questions_know_their_round(folder: Path) -> None:
+    assert {question.round for question in questions_of_round(folder)} == {0}
+    assert {question.prompt for question in questions_of_round(folder, 3)} == {(3, "p1"), (3, "p2")}
+
+
 def test_a_round_that_asks_nothing_has_no_questions(folder: Path) -> None:
     pq.write_table(QUERIES_SCHEMA.empty_table(), folder / "queries.parquet")
     assert questions_of_round(folder) == []

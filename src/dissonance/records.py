@@ -130,6 +130,13 @@ class Question:
     completions: tuple[str, ...]
     """The texts, in the order of `completion_ids`."""
     category: str | None = None
+    round: int = 0
+    """Whose texts these are: in another round, the same prompt_id and completion_ids stand for other texts."""
+
+    @property
+    def prompt(self) -> tuple[int, str]:
+        """Round and prompt_id: what answers must share to be compared."""
+        return self.round, self.prompt_id
 
     def __post_init__(self) -> None:
         if len(self.completions) != len(self.completion_ids):

@@ -3,6 +3,7 @@
 Each kind of answer comes to votes on pairs of completions, and one rule decides them all: the answer with the most
 votes among first, second, tie and both bad is what a pair says, and its weight is its lead over the next, as a share of
 the votes. One annotator, or several of one mind, give a weight of 1; two against one give 1/3; a draw gives nothing.
+A prompt that comes back in another round is another prompt: its completions are others.
 
     pairwise  a vote for each annotator.
     ranking   a vote for each pair of completions in it, times 2/N: a ranking of N holds N(N-1)/2 pairs and is no more
@@ -13,31 +14,34 @@ the votes. One annotator, or several of one mind, give a weight of 1; two agains
 The methods differ in whose votes count, and where:
 
     majority     as they were cast, query by query.
-    dawid_skene  for what each annotator is worth (`quality.dawid_skene`, fitted on gold questions and adjudications
+    dawid_skene  for what each annotator is worth (`reliability.dawid_skene`, fitted on gold questions and adjudications
                  too), query by query. An answer that nobody gave is never preferred, however probable it is.
     dgr          as they were cast, those of all kinds on one prompt together; then the cycles among what they prefer
                  are cut at the least net vote (`preference_graph.deconflict`).
 
-An adjudicated answer stands for all others to its query, and is the last to be cut.
+An adjudicated answer stands for all others to its query, and is the last to be cut; of ratings, the preference between
+two that are both adjudicated. Whether a completion is safe goes by the majority of votes, whatever the method.
 """
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations, groupby
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from dissonance.errors import DataError, SettingsError
+from dissonance.errors import SettingsError
+from dissonance.feedback.pairs import COMPARISONS_LEFT_OUT, LABELS_LEFT_OUT, Aggregation, Method, PreferencePair
 from dissonance.feedback.preference_graph import Comparison, FloatArray, IntArray, deconflict, preference_graph
-from dissonance.feedback.quality import dawid_skene
+from dissonance.feedback.reliability import dawid_skene
 from dissonance.feedback.votes import (
     BOTH_BAD,
     SECOND,
     TIE,
     AgreementKind,
     Coded,
+    Prompt,
     Unit,
     coded,
     decided,
@@ -46,88 +50,11 @@ from dissonance.feedback.votes import (
 )
 from dissonance.records import RATINGS, AnnotatorKind, Answer, Label, QueryKind, Question
 
-Method = Literal["majority", "dawid_skene", "dgr"]
-
-LABELS_LEFT_OUT: Mapping[str, str] = {
-    "superseded": "labels that were corrected",
-    "skipped": "labels that pass the question on",
-    "excluded": "labels of annotators that were not asked for",
-    "gold": "labels of gold questions",
-    "unknown_query": "labels of queries that are not there",
-    "outweighed": "labels of queries that a lead has settled",
-}
-"""Why labels give no pair."""
-COMPARISONS_LEFT_OUT: Mapping[str, str] = {
-    "both_bad": "pairs of completions of which neither is good",
-    "split": "pairs of completions on which the votes are even",
-    "overruled": "queries whose most probable answer nobody gave",
-    "cyclic": "preferences cut because they contradict weightier ones",
-    "equal_ratings": "pairs of completions that are rated alike",
-    "single_rating": "completions rated that no other of their prompt was rated with",
-    "safe_only": "labels that say safe or unsafe and rate nothing",
-    "safe_split": "completions on whose safety the votes are even",
-}
-"""Why what was counted gives no pair, or no safety."""
-
-
-@dataclass(frozen=True, slots=True)
-class PreferencePair:
-    """A preference to train on."""
-
-    prompt_id: str
-    chosen_id: int
-    """completion_id of the better one; of a tie, the lower completion_id."""
-    rejected_id: int
-    weight: float
-    """In (0, 1]."""
-    tie: bool
-    """Neither is better: a soft label of 1/2."""
-    source: str
-    """The kinds of query and the method: `pairwise/majority`, `pairwise+ranking/dgr`."""
-    n_annotators: int
-    """Whose answers it rests on."""
-    chosen_safe: bool | None = None
-    """None where nobody said, or as many say yes as no."""
-    rejected_safe: bool | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight <= 1:
-            raise DataError(f"a preference pair of prompt {self.prompt_id!r} weighs {self.weight}: use 0 < weight <= 1")
-        if self.chosen_id == self.rejected_id:
-            raise DataError(f"prompt {self.prompt_id!r} has completion {self.chosen_id} preferred to itself")
-
-
-@dataclass(frozen=True, slots=True)
-class Aggregation:
-    """The pairs, and what became of all that is not among them."""
-
-    method: Method
-    pairs: tuple[PreferencePair, ...]
-    """By prompt, in the order of the questions."""
-    labels: int
-    """Given, corrections included."""
-    used: int
-    """Of those, counted: the rest are under `left_out`."""
-    left_out: Mapping[str, int]
-    """How many, by the reasons in `LABELS_LEFT_OUT` and `COMPARISONS_LEFT_OUT`; only what occurred."""
-    safe: Mapping[tuple[str, int], bool]
-    """By prompt_id and completion_id: what most say of its safety."""
-    both_bad: tuple[tuple[str, int, int], ...]
-    """prompt_id and completion_ids of which neither is good: nothing to prefer, perhaps something to look at."""
-
-    @property
-    def explanation(self) -> tuple[str, ...]:
-        """Lines for people: what came of the labels, and what was left out."""
-        ties = sum(pair.tie for pair in self.pairs)
-        first = f"{self.used:,} of {self.labels:,} labels -> {len(self.pairs):,} pairs, {ties:,} of them ties"
-        reasons = {**LABELS_LEFT_OUT, **COMPARISONS_LEFT_OUT}
-        return (first, *(f"left out: {n:,} {reasons[reason]}" for reason, n in self.left_out.items()))
-
 
 class _Compared(NamedTuple):
     """The votes on one pair of completions, of one query or, for ratings, of two."""
 
-    prompt_id: str
+    prompt: Prompt
     first: int
     second: int
     kind: QueryKind
@@ -172,17 +99,17 @@ def aggregate(
     held = sorted(labels, key=lambda label: label.label_id)
     left_out: Counter[str] = Counter()
     counted = _sorted_out(held, questions, gold, _unwanted(held, only, exclude), left_out)
-    place = {question.prompt_id: at for at, question in reversed(list(enumerate(questions.values())))}
+    place = {question.prompt: at for at, question in reversed(list(enumerate(questions.values())))}
     rows = [
         *_compared("pairwise", counted, questions, gold, method, left_out),
         *_compared("ranking", counted, questions, gold, method, left_out),
         *_rated(counted, questions, gold, method, left_out),
     ]
-    rows.sort(key=lambda row: (place[row.prompt_id], row.first, row.second))
+    rows.sort(key=lambda row: (place[row.prompt], row.first, row.second))
     safe = _safety(counted, questions, left_out)
     if method == "dgr":
-        by_prompt = groupby(rows, key=lambda row: row.prompt_id)
-        pairs = [pair for prompt_id, of in by_prompt for pair in _by_graph(prompt_id, [*of], left_out)]
+        by_prompt = groupby(rows, key=lambda row: row.prompt)
+        pairs = [pair for prompt, of in by_prompt for pair in _by_graph(prompt, [*of], left_out)]
     else:
         pairs = list(_by_query(rows, method, left_out))
     return Aggregation(
@@ -192,7 +119,7 @@ def aggregate(
         used=len(counted.labels),
         left_out={r: left_out[r] for r in (*LABELS_LEFT_OUT, *COMPARISONS_LEFT_OUT) if left_out[r]},
         safe=safe,
-        both_bad=tuple(row[:3] for row in rows if decided(row.votes)[0] == BOTH_BAD),
+        both_bad=tuple((*row.prompt, row.first, row.second) for row in rows if decided(row.votes)[0] == BOTH_BAD),
     )
 
 
@@ -267,7 +194,7 @@ def _compared(
             votes = estimate
         four = (*votes.tolist(), 0.0)[:4]  # a ranking cannot say both bad
         first, second = unit.completion_ids
-        yield _Compared(unit.prompt_id, first, second, kind, four, unit.share, who, unit.query_id in counted.settled)
+        yield _Compared(unit.prompt, first, second, kind, four, unit.share, who, unit.query_id in counted.settled)
 
 
 def _estimates(
@@ -297,6 +224,16 @@ def _annotators(answers: Coded) -> list[frozenset[str]]:
     return [frozenset(names) for names in people]
 
 
+class _Rating(NamedTuple):
+    mean: float
+    annotators: frozenset[str]
+    settled: bool
+    """Whether a lead has given it."""
+
+
+_NOT_RATED = _Rating(0.0, frozenset(), settled=True)
+
+
 def _rated(
     counted: _Counted,
     questions: Mapping[str, Question],
@@ -307,23 +244,26 @@ def _rated(
     left_out["safe_only"] += sum(x.answer.safe is not None and x.answer.rating is None for x in counted.labels)
     answers = coded(counted.labels, questions, "rating")
     estimates = _estimates("rating", counted, questions, gold) if method == "dawid_skene" else {}
-    by_prompt: dict[str, dict[int, tuple[float, frozenset[str]]]] = {}
+    by_prompt: dict[Prompt, dict[int, _Rating]] = {}
     for unit, cast, who in zip(answers.units, answers.counts, _annotators(answers), strict=True):
-        rating = _mean_rating(cast, None if unit.query_id in counted.settled else estimates.get(unit))
-        held = by_prompt.setdefault(unit.prompt_id, {})
-        before, others = held.get(unit.completion_ids[0], (0.0, frozenset[str]()))  # another query may rate it too
-        mean = (before * len(others) + rating * len(who)) / (len(others) + len(who))
-        held[unit.completion_ids[0]] = mean, others | who
-    for prompt_id, completions in by_prompt.items():
+        settled = unit.query_id in counted.settled
+        rating = _mean_rating(cast, None if settled else estimates.get(unit))
+        held = by_prompt.setdefault(unit.prompt, {})
+        before = held.get(unit.completion_ids[0], _NOT_RATED)  # another query may rate it too
+        n = len(before.annotators)
+        mean = (before.mean * n + rating * len(who)) / (n + len(who))
+        held[unit.completion_ids[0]] = _Rating(mean, before.annotators | who, before.settled and settled)
+    for prompt, completions in by_prompt.items():
         left_out["single_rating"] += len(completions) == 1
-        for (first, (one, who)), (second, (other, whoever)) in combinations(sorted(completions.items()), 2):
-            lead = (one - other) / (RATINGS[-1] - RATINGS[0])
+        for (first, one), (second, other) in combinations(sorted(completions.items()), 2):
+            lead = (one.mean - other.mean) / (RATINGS[-1] - RATINGS[0])
             if abs(lead) <= 1e-9:
                 left_out["equal_ratings"] += 1
                 continue
-            n = min(len(who), len(whoever))
+            n = min(len(one.annotators), len(other.annotators))
             votes = (n * (1 + lead) / 2, n * (1 - lead) / 2, 0.0, 0.0)
-            yield _Compared(prompt_id, first, second, "rating", votes, 2 / len(completions), who | whoever)
+            who, settled = one.annotators | other.annotators, one.settled and other.settled
+            yield _Compared(prompt, first, second, "rating", votes, 2 / len(completions), who, settled)
 
 
 def _mean_rating(cast: IntArray, estimate: FloatArray | None) -> float:
@@ -346,24 +286,25 @@ def _by_query(rows: Sequence[_Compared], method: Method, left_out: Counter[str])
 
 
 def _pair(
-    of: tuple[str, int, int], value: int | None, weight: float, source: str, n: int, left_out: Counter[str]
+    of: tuple[Prompt, int, int], value: int | None, weight: float, source: str, n: int, left_out: Counter[str]
 ) -> PreferencePair | None:
-    prompt_id, first, second = of
+    (round_number, prompt_id), first, second = of
     if value in (None, BOTH_BAD):
         left_out["split" if value is None else "both_bad"] += 1
         return None
     chosen, rejected = (second, first) if value == SECOND else (first, second)
-    return PreferencePair(prompt_id, chosen, rejected, min(1.0, weight), value == TIE, source, n)
+    return PreferencePair(prompt_id, chosen, rejected, min(1.0, weight), value == TIE, source, n, round=round_number)
 
 
-def _by_graph(prompt_id: str, rows: Sequence[_Compared], left_out: Counter[str]) -> Iterator[PreferencePair]:
+def _by_graph(prompt: Prompt, rows: Sequence[_Compared], left_out: Counter[str]) -> Iterator[PreferencePair]:
     # More than all that is not settled can weigh against it, on its own arc and on the others of a cycle.
     heavy = 1 + 2 * sum(row.share * sum(row.votes) for row in rows if not row.settled)
     on_pair: dict[tuple[int, int], list[_Compared]] = {}
     comparisons = []
     for row in rows:
         on_pair.setdefault((row.first, row.second), []).append(row)
-        weight = heavy / sum(row.votes) if row.settled else row.share
+        # What is settled is as heavy however narrow its lead: one point between two ratings, say.
+        weight = heavy / (sum(row.votes) * decided(row.votes)[1]) if row.settled else row.share
         comparisons.append(Comparison(row.first, row.second, [weight * votes for votes in row.votes]))
     graph = preference_graph(comparisons)
     removed = deconflict(graph).removed
@@ -376,7 +317,7 @@ def _by_graph(prompt_id: str, rows: Sequence[_Compared], left_out: Counter[str])
         weight = lead * max(row.share for row in compared)
         source = f"{'+'.join(dict.fromkeys(row.kind for row in compared))}/dgr"
         n = len(frozenset[str]().union(*(row.annotators for row in compared)))
-        pair = _pair((prompt_id, first, second), value, weight, source, n, left_out)
+        pair = _pair((prompt, first, second), value, weight, source, n, left_out)
         if pair is not None:
             yield pair
 
@@ -386,15 +327,15 @@ def _by_graph(prompt_id: str, rows: Sequence[_Compared], left_out: Counter[str])
 
 def _safety(
     counted: _Counted, questions: Mapping[str, Question], left_out: Counter[str]
-) -> dict[tuple[str, int], bool]:
+) -> dict[tuple[int, str, int], bool]:
     answers = coded(counted.labels, questions, "safe")
-    votes: Counter[tuple[str, int]] = Counter()
+    votes: Counter[tuple[int, str, int]] = Counter()
     for unit, (unsafe, safe) in zip(answers.units, answers.counts.tolist(), strict=True):
-        votes[unit.prompt_id, unit.completion_ids[0]] += safe - unsafe
+        votes[*unit.prompt, unit.completion_ids[0]] += safe - unsafe
     left_out["safe_split"] += sum(not lead for lead in votes.values())
     return {completion: lead > 0 for completion, lead in votes.items() if lead}
 
 
-def _with_safety(pair: PreferencePair, safe: Mapping[tuple[str, int], bool]) -> PreferencePair:
-    chosen, rejected = ((pair.prompt_id, completion_id) for completion_id in (pair.chosen_id, pair.rejected_id))
-    return replace(pair, chosen_safe=safe.get(chosen), rejected_safe=safe.get(rejected))
+def _with_safety(pair: PreferencePair, safe: Mapping[tuple[int, str, int], bool]) -> PreferencePair:
+    chosen, rejected = (safe.get((pair.round, pair.prompt_id, i)) for i in (pair.chosen_id, pair.rejected_id))
+    return replace(pair, chosen_safe=chosen, rejected_safe=rejected)

@@ -21,6 +21,13 @@ class Person:
     role: Role
 
 
+def check_name(name: str) -> None:
+    """Raise a DataError unless an annotator can be called this."""
+    if not name or name != name.strip() or len(name) > 200 or not name.isprintable():
+        shown = repr(name) if len(name) <= 200 else f"{name[:77]!r}..."
+        raise DataError(f"{shown} is no annotator's name: use 1 to 200 printable characters, no blank at either end")
+
+
 def find_person(connection: Connection, annotator_id: int) -> Person:
     """Give the annotator of this id; a DataError if there is none."""
     row = connection.execute(_BY_ID, {"me": annotator_id}).one_or_none()
@@ -48,8 +55,7 @@ def find_or_add_person(
     Raises:
         DataError: the name is another kind's, or is no name.
     """
-    if not name or name != name.strip() or len(name) > 200 or not name.isprintable():
-        raise DataError(f"{name!r} is no annotator's name: use 1 to 200 printable characters, no blank at either end")
+    check_name(name)
     if role not in get_args(Role):
         raise DataError(f"unknown role {role!r}: use {' or '.join(get_args(Role))}")
     row = connection.execute(select(annotators).where(annotators.c.name == name)).one_or_none()

@@ -7,7 +7,6 @@ for being clear, and everyone answers them. Adjudications count for none of this
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -20,14 +19,14 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from dissonance.feedback.preference_graph import Comparison, FloatArray, IntArray, find_cycle, preference_graph
+from dissonance.feedback.preference_graph import Comparison, FloatArray, find_cycle, preference_graph
 from dissonance.feedback.votes import (
     CHOICES,
     FIRST,
-    MIRRORED,
     SECOND,
     AgreementKind,
     Coded,
+    Prompt,
     Said,
     decided,
     said,
@@ -92,6 +91,8 @@ class CyclicPrompt:
     """completion_ids, each preferred to the next and the last to the first."""
     query_ids: tuple[str, ...]
     """The queries that compared two neighbours on the cycle."""
+    round: int = 0
+    """Of which round these completions are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,58 +184,6 @@ def _alphas(coincidences: FloatArray, ordinal: bool) -> FloatArray:
     ratio = np.divide(observed, expected, out=np.full(len(values), np.nan), where=expected > 0)
     alphas: FloatArray = 1 - (total - 1) * ratio
     return alphas
-
-
-# -- reliability -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class DawidSkene:
-    """What an annotator's answers are worth, and what they say together."""
-
-    posterior: FloatArray
-    """(U, n_values) how probable each value is the true one of each unit."""
-    reliability: Mapping[str, float]
-    """By annotator, in [0, 1]: the mean posterior of the values they gave."""
-
-
-def dawid_skene(answers: Coded, known: Mapping[int, int] | None = None) -> DawidSkene:
-    """Estimate the true values and each annotator's errors together (Dawid and Skene 1979), by crowd-kit's EM.
-
-    Which completion of a pair is called the first is a name and no property: each pair is given a second time the other
-    way round, so that no annotator's errors, and no posterior, depend on it. `known` holds the units whose true value
-    is known. With one annotator a unit, the posterior is what was said.
-    """
-    n_units = len(answers.units)
-    if not n_units:
-        return DawidSkene(np.zeros((0, answers.n_values)), {})
-    unit, worker, value, known = answers.unit, answers.annotator, answers.value, dict(known or {})
-    if len(answers.units[0].completion_ids) == 2:
-        unit, worker = np.concatenate([unit, unit + n_units]), np.concatenate([worker, worker])
-        value = np.concatenate([value, np.array(MIRRORED)[value]])
-        known |= {u + n_units: MIRRORED[v] for u, v in known.items()}
-    posterior = _expectation_maximization(unit, worker, value, known, answers.n_values)[:n_units]
-    right = posterior[answers.unit, answers.value]
-    share = np.bincount(answers.annotator, right) / np.bincount(answers.annotator)
-    return DawidSkene(posterior, dict(zip(answers.annotators, share.tolist(), strict=True)))
-
-
-def _expectation_maximization(
-    unit: IntArray, worker: IntArray, value: IntArray, known: Mapping[int, int], n_values: int
-) -> FloatArray:
-    """Posterior (U, n_values) by crowd-kit; pandas stays in here."""
-    import pandas as pd
-    from crowdkit.aggregation import DawidSkene as Model
-
-    frame = pd.DataFrame({"task": unit, "worker": worker, "label": value})
-    given = set(value.tolist())  # the model knows no value that nobody gave
-    truth = {u: v for u, v in known.items() if v in given}
-    model: Any = Model(n_iter=100)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # crowd-kit 1.4 on pandas 3
-        model.fit(frame, true_labels=pd.Series(truth, dtype=np.int64) if truth else None)
-    posterior = model.probas_.reindex(index=range(int(unit.max()) + 1), columns=range(n_values), fill_value=0.0)
-    return np.asarray(posterior, np.float64)
 
 
 # -- annotators --------------------------------------------------------------------------------------------------------
@@ -354,18 +303,19 @@ def conflict_rate(
 ) -> ConflictRate:
     """Count the prompts whose preferences run in a circle, by the votes of pairwise and ranking answers together.
 
-    Ratings compare nothing: their order is free of cycles whatever is said.
+    Ratings compare nothing: their order is free of cycles whatever is said. A prompt that comes back in another round
+    is another: its completions are.
     """
     every = (ready or said(labels, questions, gold)).by_kind
-    by_prompt: dict[str, dict[tuple[int, ...], _Pair]] = {}
+    by_prompt: dict[Prompt, dict[tuple[int, ...], _Pair]] = {}
     for answers in (every["pairwise"], every["ranking"]):
         for unit, votes in zip(answers.units, answers.counts.tolist(), strict=True):
-            pair = by_prompt.setdefault(unit.prompt_id, {}).setdefault(unit.completion_ids, _Pair([0.0] * 4, []))
+            pair = by_prompt.setdefault(unit.prompt, {}).setdefault(unit.completion_ids, _Pair([0.0] * 4, []))
             pair.queries.append(unit.query_id)
             for value, n in enumerate(votes):
                 pair.votes[value] += n * unit.share
-    large = {prompt_id: pairs for prompt_id, pairs in by_prompt.items() if len({i for ids in pairs for i in ids}) >= 3}
-    cyclic = tuple(_cyclic(prompt_id, large[prompt_id]) for prompt_id in sorted(_with_cycle(large)))
+    large = {prompt: pairs for prompt, pairs in by_prompt.items() if len({i for ids in pairs for i in ids}) >= 3}
+    cyclic = tuple(_cyclic(prompt, large[prompt]) for prompt in sorted(_with_cycle(large)))
     return ConflictRate(wilson(len(cyclic), len(large)), len(large), cyclic)
 
 
@@ -374,13 +324,13 @@ class _Pair(NamedTuple):
     queries: list[str]
 
 
-def _with_cycle(prompts: Mapping[str, Mapping[tuple[int, ...], _Pair]]) -> set[str]:
+def _with_cycle(prompts: Mapping[Prompt, Mapping[tuple[int, ...], _Pair]]) -> set[Prompt]:
     """Find the prompts with a cycle; one graph holds them all: there is one search."""
-    nodes: dict[tuple[str, int], int] = {}
+    nodes: dict[tuple[Prompt, int], int] = {}
     arcs: list[tuple[int, int]] = []
-    for prompt_id, pairs in prompts.items():
+    for prompt, pairs in prompts.items():
         for (first, second), pair in pairs.items():
-            ends = (nodes.setdefault((prompt_id, first), len(nodes)), nodes.setdefault((prompt_id, second), len(nodes)))
+            ends = (nodes.setdefault((prompt, first), len(nodes)), nodes.setdefault((prompt, second), len(nodes)))
             value, _ = decided(pair.votes)
             if value in (FIRST, SECOND):
                 arcs.append(ends if value == FIRST else ends[::-1])
@@ -388,11 +338,11 @@ def _with_cycle(prompts: Mapping[str, Mapping[tuple[int, ...], _Pair]]) -> set[s
     graph: Any = coo_array((np.ones(len(arcs)), (start, end)), shape=(len(nodes), len(nodes)))
     _, component = connected_components(graph, directed=True, connection="strong")
     sizes = np.bincount(component)
-    return {prompt_id for (prompt_id, _), c in zip(nodes, component.tolist(), strict=True) if sizes[c] > 1}
+    return {prompt for (prompt, _), c in zip(nodes, component.tolist(), strict=True) if sizes[c] > 1}
 
 
-def _cyclic(prompt_id: str, pairs: Mapping[tuple[int, ...], _Pair]) -> CyclicPrompt:
+def _cyclic(prompt: Prompt, pairs: Mapping[tuple[int, ...], _Pair]) -> CyclicPrompt:
     cycle = find_cycle(preference_graph(Comparison(a, b, pair.votes) for (a, b), pair in pairs.items()))
     neighbours = {tuple(sorted(ends)) for ends in zip(cycle, (*cycle[1:], cycle[0]), strict=True)}
     queries = dict.fromkeys(query_id for ids, pair in pairs.items() if ids in neighbours for query_id in pair.queries)
-    return CyclicPrompt(prompt_id, cycle, tuple(queries))
+    return CyclicPrompt(prompt[1], cycle, tuple(queries), prompt[0])

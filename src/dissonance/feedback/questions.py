@@ -1,6 +1,7 @@
 """The tables of a round -> questions for annotators."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ _SIZES = {"pairwise": range(2, 3), "rating": range(1, 2), "ranking": range(2, 1_
 """How many completions a query of each kind is about."""
 
 
-def questions_of_round(folder: Path) -> list[Question]:
-    """Every query of a round with its texts, in the order of asking.
+def questions_of_round(folder: Path, round_number: int = 0) -> list[Question]:
+    """Every query of the round in this folder with its texts, in the order of asking.
 
     Texts come from `prompts.parquet` and `completions.parquet`. A run of scores that were brought has conversations
     only if the scored rows had a column `messages` (a list of role and content) or `prompt` (text), and texts only if
@@ -43,7 +44,22 @@ def questions_of_round(folder: Path) -> list[Question]:
         raise RunError(f"{folder / 'completions.parquet'} has no column 'completion_id': sample or score anew")
     texts = {(row["prompt_id"], row["completion_id"]): row.get("text") for row in completions}
     conversations = _conversations(folder, prompts, completions)
-    return [_question(folder, query, categories, texts, conversations) for query in queries]
+    found = [_question(folder, query, categories, texts, conversations) for query in queries]
+    return [replace(question, round=round_number) for question in found]
+
+
+def query_ids_of_round(folder: Path) -> list[str]:
+    """The ids of a round's queries alone, in the order of asking.
+
+    Raises:
+        RunError: the table is damaged or lacks the column.
+    """
+    path = folder / "queries.parquet"
+    try:
+        found: list[str] = pq.read_table(path, columns=["query_id"])["query_id"].to_pylist()
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise RunError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    return found
 
 
 def _queries(path: Path) -> list[dict[str, Any]]:

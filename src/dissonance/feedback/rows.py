@@ -57,6 +57,7 @@ def question_from_row(row: Row[Any]) -> Question:
         completion_ids=tuple(row.completion_ids),
         completions=tuple(row.completions),
         category=row.category,
+        round=row.round,
     )
 
 

@@ -29,11 +29,15 @@ _EVEN = 1e-9  # relative: sums of the same shares in another order are even
 IntArray = npt.NDArray[np.int64]
 
 
+Prompt = tuple[int, str]
+"""Round and prompt_id: in another round, the same completion_ids are other texts."""
+
+
 class Unit(NamedTuple):
     """What one value is given to: a pair of completions of a query, or the one completion of a rating query."""
 
     query_id: str
-    prompt_id: str
+    prompt: Prompt
     completion_ids: tuple[int, ...]
     """Two, the lower first (whichever the question names first), or one."""
     share: float
@@ -104,7 +108,7 @@ def units_of(question: Question) -> list[Unit]:
     """The units of a question: its pairs of completions, or its one completion."""
     ids, n = sorted(question.completion_ids), len(question.completion_ids)
     groups = combinations(ids, 2) if n > 1 else [tuple(ids)]
-    return [Unit(question.query_id, question.prompt_id, group, 2 / n if n > 1 else 1.0) for group in groups]
+    return [Unit(question.query_id, question.prompt, group, 2 / n if n > 1 else 1.0) for group in groups]
 
 
 def values_of(answer: Answer, question: Question, kind: AgreementKind) -> Sequence[int]:

@@ -73,22 +73,34 @@ class Asked:
             raise UnknownQuestionError(f"this run asked no query {short(query_id)}: is this another run's file?")
         return question
 
-    def about(self, prompt_id: str, completion_ids: tuple[int, ...]) -> Question:
-        """The one question about these completions, in whatever order."""
+    def about(self, prompt_id: str, completion_ids: tuple[int, ...], round_number: int | None = None) -> Question:
+        """The one question about these completions, in whatever order; of this round, or of any."""
         found = self._by_ids.get((prompt_id, frozenset(completion_ids)), [])
+        found = [question for question in found if round_number in (None, question.round)]
         shown = ",".join(map(str, completion_ids))
         if not found:
-            raise UnknownQuestionError(f"this run asked nothing about completions {shown} of prompt {prompt_id!r}")
+            where = "" if round_number is None else f" in round {round_number}"
+            raise UnknownQuestionError(
+                f"this run asked nothing about completions {shown} of prompt {prompt_id!r}{where}"
+            )
         if len(found) > 1:
-            raise DataError(f"completions {shown} of prompt {prompt_id!r} {_more_than_once(found)}: add query_id")
+            raise DataError(
+                f"completions {shown} of prompt {prompt_id!r} {_more_than_once(found)}: add query_id, or round"
+            )
         return found[0]
 
     def pair(
-        self, turns: Turns, texts: tuple[str, str], prompt_id: object, completion_ids: tuple[int | None, int | None]
+        self,
+        turns: Turns,
+        texts: tuple[str, str],
+        prompt_id: object,
+        completion_ids: tuple[int | None, int | None],
+        of_round: object = None,
     ) -> tuple[Question, bool]:
         """The pairwise question that shows these texts as answers to this conversation, and whether the ids name it.
 
-        Ids need not be this run's, unless several questions show the same texts: then they tell which is meant.
+        Ids and round need not be this run's, unless several questions show the same texts: then they tell which is
+        meant.
         """
         found = self._by_texts.get((turns, frozenset(texts)), [])
         if not found:
@@ -97,9 +109,11 @@ class Asked:
         named = [q for q in found if q.prompt_id == prompt_id and set(q.completion_ids) == set(completion_ids)]
         meant = named or found
         if len(meant) > 1:
+            meant = [q for q in meant if str(q.round) == str(of_round)] or meant
+        if len(meant) > 1:
             raise DataError(
                 f"the comparison of {short(texts[0])} and {short(texts[1])} {_more_than_once(meant)}: "
-                "add prompt_id, chosen_id and rejected_id, or import CSV with query_id"
+                "add prompt_id, chosen_id, rejected_id and round, or import CSV with query_id"
             )
         return meant[0], bool(named)
 

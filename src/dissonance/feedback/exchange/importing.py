@@ -20,10 +20,10 @@ from dissonance.feedback.database import alone
 from dissonance.feedback.exchange.argilla import parse_record
 from dissonance.feedback.exchange.asked import Asked, ImportedAnswer, Parsed, UnknownQuestionError
 from dissonance.feedback.exchange.label_studio import parse_task
-from dissonance.feedback.exchange.reading import FORMATS, ImportFormat, Row, format_of, one_of, read_rows, short, text
+from dissonance.feedback.exchange.reading import FORMATS, ImportFormat, Row, format_of, one_of, read_rows, text
 from dissonance.feedback.exchange.tables import parse_csv_row
 from dissonance.feedback.exchange.trl import parse_preference
-from dissonance.feedback.people import all_people, find_or_add_person
+from dissonance.feedback.people import all_people, check_name, find_or_add_person
 from dissonance.feedback.rows import answer_to_json
 from dissonance.feedback.store import Store
 from dissonance.records import Answer, Label
@@ -42,8 +42,11 @@ class Imported:
 
     format: ImportFormat
     labels: int
-    """That the file holds and that are about this run; the sum of the next three."""
+    """That the file holds and that are about this run; the sum of the next four."""
     added: int
+    """The first that their annotators say of these questions."""
+    corrected: int
+    """Put in the place of what their annotators said of these questions before."""
     already: int
     """The store had them: the same answer to the same question by the same annotator."""
     superseded: int
@@ -105,13 +108,11 @@ def import_labels(
     with store.writing() as connection:
         alone(connection)  # of two who import the same file, the second finds what the first has stored
         counts = _write(store, connection, distinct)
-        store.log(connection, "import", None, file=path.name, format=found, labels=len(distinct), added=counts["added"])
+        store.log(connection, "import", None, file=path.name, format=found, labels=len(distinct), **counts)
     return Imported(
         format=found,
         labels=len(distinct),
-        added=counts["added"],
-        already=counts["already"],
-        superseded=counts["superseded"],
+        **counts,
         unknown=unknown,
         unfinished=sum(row.unfinished for _, row in parsed),
         by_models=len(spoken) - len(taken),
@@ -152,12 +153,8 @@ def _incoming(path: Path, place: str, said: ImportedAnswer, annotator: str | Non
     name = annotator or said.annotator
     try:
         if name is None:
-            raise DataError("names no annotator: say whose labels these are")
-        name = text(name, "the annotator")
-        if not name or name != name.strip() or len(name) > 200 or not name.isprintable():
-            raise DataError(
-                f"{short(name)} is no annotator's name: use 1 to 200 printable characters, no blank at either end"
-            )
+            raise DataError("names no annotator: say whose labels the file's are, with --as NAME")
+        check_name(text(name, "the annotator"))
         what = [name, said.question.query_id, answer_to_json(said.answer), said.note]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         submission = Submission(said.answer, key, said.shown, said.seconds, said.note, said.flagged)
@@ -186,7 +183,7 @@ def _write(store: Store, connection: Connection, incoming: Sequence[_Incoming]) 
         if label.adjudicated:
             continue  # a settlement stands beside what its lead answered
         history[label.annotator, label.query_id].append(label)
-    counts = {"added": 0, "already": 0, "superseded": 0}
+    counts = {"added": 0, "corrected": 0, "already": 0, "superseded": 0}
     for new in incoming:
         before = history[new.annotator, new.query_id]
         same = [label for label in before if _repeats(new.submission, label)]
@@ -200,7 +197,7 @@ def _write(store: Store, connection: Connection, incoming: Sequence[_Incoming]) 
             )
             people[new.annotator] = person
         record_answer(connection, people[new.annotator], new.query_id, new.submission, store.now())
-        counts["added"] += 1
+        counts["corrected" if before else "added"] += 1
     return counts
 
 

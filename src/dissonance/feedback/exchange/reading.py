@@ -119,6 +119,13 @@ def seconds(value: object, name: str) -> float:
     return number
 
 
+def whole_number(value: str, name: str) -> int:
+    """Read a whole number, such as `3`."""
+    if not (value.isascii() and value.isdigit() and len(value) < 10):
+        raise DataError(f"{name} is {short(value)}: write a whole number")
+    return int(value)
+
+
 def whole_numbers(value: str, name: str) -> tuple[int, ...]:
     """Read whole numbers between commas or blanks, such as `3,1`."""
     parts = value.replace(",", " ").split()
@@ -146,7 +153,9 @@ def _decoded(path: Path, content: bytes) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte {content[error.start]:#04x}): re-encode it") from None
+        raise DataError(
+            f"{path}:{line}: not UTF-8 (byte {content[error.start]:#04x}): re-encode it, in a spreadsheet as CSV UTF-8"
+        ) from None
 
 
 def _text_rows(path: Path, content: str) -> list[Row]:
@@ -193,7 +202,8 @@ def _object(path: Path, place: str, row: object) -> dict[str, Any]:
 
 
 def _csv_rows(path: Path, content: str) -> list[Row]:
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    delimiter = _delimiter(content)
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
     line = 1
     try:
@@ -205,11 +215,20 @@ def _csv_rows(path: Path, content: str) -> list[Row]:
             if any(cell.strip() for cell in cells):
                 if len(cells) != len(header):
                     raise DataError(f"{path}:{line}: {len(cells)} cells under {len(header)} columns")
-                rows.append((f":{line}", dict(zip(header, cells, strict=True))))
+                row = dict(zip(header, cells, strict=True))
+                if delimiter == ";" and "seconds" in row:
+                    row["seconds"] = row["seconds"].replace(",", ".")
+                rows.append((f":{line}", row))
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not valid CSV: {error}") from None
     return rows
+
+
+def _delimiter(content: str) -> str:
+    """What stands between the names of the columns: spreadsheets write semicolons where the comma is in numbers."""
+    header = content.lstrip("\r\n").partition("\n")[0]
+    return max(",;\t", key=header.count)
 
 
 def _parquet_rows(path: Path) -> list[Row]:

@@ -1,6 +1,7 @@
 """Labels as CSV: a row per label, for spreadsheets and for everything else that has no format of its own.
 
-    query_id         which question; or prompt_id with completion_ids
+    query_id         which question; or prompt_id with completion_ids, and with round where several have the same ones
+    round
     prompt_id
     completion_ids   such as `3,1`: the order that `first`, `second` and `ranks` speak of; by default the question's
     annotator        who answered
@@ -22,11 +23,11 @@ from typing import Any
 
 from dissonance.errors import DataError
 from dissonance.feedback.exchange.asked import Asked, ImportedAnswer, Parsed, order_shown
-from dissonance.feedback.exchange.reading import one_of, seconds, text, truth, whole_numbers
+from dissonance.feedback.exchange.reading import one_of, seconds, text, truth, whole_number, whole_numbers
 from dissonance.records import Answer, Choice, Label, Question
 
 COLUMNS = (
-    "query_id", "prompt_id", "completion_ids", "annotator", "choice", "rating", "safe", "ranks",
+    "query_id", "round", "prompt_id", "completion_ids", "annotator", "choice", "rating", "safe", "ranks",
     "shown", "seconds", "note", "flagged",
 )  # fmt: skip
 
@@ -52,6 +53,7 @@ def _csv_row(label: Label, question: Question) -> dict[str, object]:
     answer = label.answer
     return {
         "query_id": _guarded(question.query_id),
+        "round": question.round,
         "prompt_id": _guarded(question.prompt_id),
         "completion_ids": ",".join(map(str, question.completion_ids)),
         "annotator": _guarded(label.annotator),
@@ -96,7 +98,8 @@ def _question(cells: dict[str, str], order: tuple[int, ...] | None, asked: Asked
         return asked.query(_unguarded(cells["query_id"]))
     if "prompt_id" not in cells or order is None:
         raise DataError("no query_id, and no prompt_id with completion_ids: which question is this about?")
-    return asked.about(_unguarded(cells["prompt_id"]), order)
+    of_round = whole_number(cells["round"], "round") if "round" in cells else None
+    return asked.about(_unguarded(cells["prompt_id"]), order, of_round)
 
 
 def _answer(cells: dict[str, str], question: Question, order: tuple[int, ...]) -> Answer:

@@ -4,7 +4,7 @@
     chosen, rejected  [{role: assistant, content}], one turn each
     weight            how much the pair counts, from the aggregation
     source            where it comes from
-    prompt_id, chosen_id, rejected_id
+    round, prompt_id, chosen_id, rejected_id
     chosen_safe, rejected_safe   only where something is known of safety; null where not
     tie               only where ties were asked for: chosen and rejected are then equally good
 
@@ -13,7 +13,7 @@ aggregated: a weight is no label, and pairs out of rankings or ratings belong to
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dissonance.errors import DataError, SettingsError
-from dissonance.feedback.aggregate import PreferencePair
 from dissonance.feedback.exchange.asked import Asked, ImportedAnswer, Parsed, Turns
 from dissonance.feedback.exchange.reading import short, text, truth
+from dissonance.feedback.pairs import PreferencePair
 from dissonance.records import ROLES, Answer, Question
 
 _TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -35,6 +35,7 @@ _SCHEMA = pa.schema(
         ("rejected", _TURNS),
         ("weight", pa.float64()),
         ("source", pa.string()),
+        ("round", pa.int32()),
         ("prompt_id", pa.string()),
         ("chosen_id", pa.int32()),
         ("rejected_id", pa.int32()),
@@ -62,14 +63,15 @@ def write_preferences(
     Args:
         path: where to write; the caller renames it when this returns.
         pairs: what feedback was aggregated to.
-        questions: the store's, for the texts; of one round, since a prompt may come back in another with other texts.
+        questions: the store's, of every round of the pairs, for the texts.
         suffix: `.jsonl` or `.parquet`, the name's end that the file is to have.
         ties: also write pairs of equal worth, marked by a column `tie`. A trainer that does not know that column would
             take the side that happens to stand first for the better, so they are left out and counted by default.
 
     Raises:
         SettingsError: another suffix.
-        DataError: a pair is about a completion that no question shows, or that two show with different texts.
+        DataError: a pair is about a completion that no question of its round shows, or that two of one round show with
+            different texts.
     """
     if suffix not in {".jsonl", ".parquet"}:
         raise SettingsError(f"preferences are written as .jsonl or .parquet, not {suffix!r}: change the file's name")
@@ -84,15 +86,16 @@ def write_preferences(
 
 
 def _table(pairs: Sequence[PreferencePair], questions: Sequence[Question], *, ties: bool) -> pa.Table:
-    prompts = {q.prompt_id: [{"role": m.role, "content": m.content} for m in q.messages] for q in questions}
+    prompts = {q.prompt: [{"role": m.role, "content": m.content} for m in q.messages] for q in questions}
     texts = _texts(questions)
     rows = [
         {
-            "prompt": prompts.get(pair.prompt_id),
-            "chosen": _assistant(texts, pair.prompt_id, pair.chosen_id),
-            "rejected": _assistant(texts, pair.prompt_id, pair.rejected_id),
+            "prompt": prompts.get((pair.round, pair.prompt_id)),
+            "chosen": _assistant(texts, pair, pair.chosen_id),
+            "rejected": _assistant(texts, pair, pair.rejected_id),
             "weight": pair.weight,
             "source": pair.source,
+            "round": pair.round,
             "prompt_id": pair.prompt_id,
             "chosen_id": pair.chosen_id,
             "rejected_id": pair.rejected_id,
@@ -107,22 +110,27 @@ def _table(pairs: Sequence[PreferencePair], questions: Sequence[Question], *, ti
     return pa.Table.from_pylist(rows, pa.schema([column for column in _SCHEMA if column.name not in absent]))
 
 
-def _texts(questions: Sequence[Question]) -> dict[tuple[str, int], str]:
-    texts: dict[tuple[str, int], str] = {}
+def _texts(questions: Sequence[Question]) -> dict[tuple[int, str, int], str]:
+    texts: dict[tuple[int, str, int], str] = {}
     for question in questions:
         for completion_id, shown in zip(question.completion_ids, question.completions, strict=True):
-            if texts.setdefault((question.prompt_id, completion_id), shown) != shown:
+            if texts.setdefault((*question.prompt, completion_id), shown) != shown:
                 raise DataError(
-                    f"completion {completion_id} of prompt {question.prompt_id!r} has two texts: "
-                    "export one round at a time"
+                    f"completion {completion_id} of prompt {question.prompt_id!r} has two texts in round "
+                    f"{question.round}: the store holds questions that do not belong together"
                 )
     return texts
 
 
-def _assistant(texts: dict[tuple[str, int], str], prompt_id: str, completion_id: int) -> list[dict[str, str]]:
-    if (prompt_id, completion_id) not in texts:
-        raise DataError(f"no question shows completion {completion_id} of prompt {prompt_id!r}")
-    return [{"role": "assistant", "content": texts[prompt_id, completion_id]}]
+def _assistant(
+    texts: Mapping[tuple[int, str, int], str], pair: PreferencePair, completion_id: int
+) -> list[dict[str, str]]:
+    shown = texts.get((pair.round, pair.prompt_id, completion_id))
+    if shown is None:
+        raise DataError(
+            f"no question shows completion {completion_id} of prompt {pair.prompt_id!r} in round {pair.round}"
+        )
+    return [{"role": "assistant", "content": shown}]
 
 
 def parse_preference(row: dict[str, Any], asked: Asked) -> Parsed:
@@ -132,7 +140,7 @@ def parse_preference(row: dict[str, Any], asked: Asked) -> Parsed:
     """
     prompt, chosen, rejected = _sides(row)
     ids = _id(row, "chosen_id"), _id(row, "rejected_id")
-    question, named = asked.pair(prompt, (chosen, rejected), row.get("prompt_id"), ids)
+    question, named = asked.pair(prompt, (chosen, rejected), row.get("prompt_id"), ids, row.get("round"))
     first, second = question.completions
     if (tie := row.get("tie")) not in (None, "") and truth(tie, "tie"):
         answer = Answer("tie")
