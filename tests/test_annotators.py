@@ -19,7 +19,8 @@ from sqlalchemy import select
 from dissonance.errors import DataError, SettingsError, StoreError
 from dissonance.feedback.annotators import run
 from dissonance.feedback.annotators.budget import BudgetSpentError
-from dissonance.feedback.annotators.gold import GoldAnnotator, GoldSettings, Rewards, ranks_by, score_questions
+from dissonance.feedback.annotators.gold import GoldAnnotator, GoldSettings
+from dissonance.feedback.annotators.rewards import Rewards, ranks_by, score_questions
 from dissonance.feedback.annotators.run import annotate, label_key
 from dissonance.feedback.annotators.simulated import SimulatedAnnotator, SimulatedSettings
 from dissonance.feedback.schema import leases

@@ -1,17 +1,23 @@
 """From a run folder to labels and out again, through the command line."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.parquet import read_table
 
 from dissonance.cli import run
+from dissonance.feedback import questions
 from dissonance.feedback.store import Store
 from dissonance.records import Answer
 from dissonance.run_labels import labels_of
@@ -98,6 +104,56 @@ def test_overlap_stays_until_it_is_changed(folder: Path, capsys: pytest.CaptureF
     assert (progress["wanted"], progress["answered"], progress["closed"]) == (20, 20, 10)
 
 
+@pytest.fixture
+def rounds(folder: Path) -> Path:
+    """A run of two rounds: the same prompts and completion_ids in both, with other texts in the second."""
+    select("random_pairs", 8)
+    rows = [json.loads(line) for line in Path("scored.jsonl").read_text().splitlines()]
+    # What was long is short now, so that a text of the wrong round would turn a preference round.
+    later = [row | {"text": f"{WORDS[::-1][row['completion_id']]} again {row['prompt_id']}"} for row in rows]
+    Path("later.jsonl").write_text("".join(json.dumps(row) + "\n" for row in later))
+    assert run(["conflicts", "later.jsonl", "--out", "later", "--quiet"]) == 0
+    shutil.copytree("later/round-000", folder / "round-001")
+    return folder
+
+
+def test_a_later_round_is_selected_asked_and_exported_with_its_own_texts(
+    rounds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latest = ("select", "run", "--strategy", "random_pairs", "--budget", "8", "--json")
+    assert json.loads(output(capsys, *latest))["round"] == 1  # the same seed: the same ids in both rounds
+    first, second = (pq.read_table(rounds / f"round-00{n}" / "queries.parquet") for n in range(2))
+    assert first.drop(["query_id"]) == second.drop(["query_id"])
+    assert json.loads(output(capsys, *GOLD, "--json"))["answered"] == 16
+    rows = exported(capsys)
+    assert sorted(row["round"] for row in rows) == [0] * 8 + [1] * 8
+    for row in rows:
+        chosen, rejected = (row[side][0]["content"] for side in ("chosen", "rejected"))
+        assert len(chosen) > len(rejected)
+        assert ("again" in chosen, "again" in rejected) == (row["round"] == 1, row["round"] == 1)
+    for number in (0, 1):
+        assert exported(capsys, "--round", str(number)) == [row for row in rows if row["round"] == number]
+    output(capsys, "export", "run", "--format", "csv", "--out", "labels.csv", "--round", "1")
+    assert json.loads(output(capsys, "import", "run", "labels.csv", "--as", "reader", "--json"))["added"] == 8
+    message = output(capsys, "export", "run", "--out", "x.jsonl", "--round", "7", code=2)
+    assert "run has no round 7: use 0 or 1" in message
+
+
+def exported(capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any]]:
+    output(capsys, "export", "run", "--out", "pairs.jsonl", *options)
+    return [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+
+
+def test_selecting_works_on_the_round_that_is_named(rounds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output(capsys, "select", "run", "--budget", "3", "--round", "0")
+    assert not (rounds / "round-001" / "queries.parquet").exists()
+    assert pq.read_table(rounds / "round-000" / "queries.parquet").num_rows == 3
+    assert "run has no round 2: use 0 or 1" in output(capsys, "select", "run", "--budget", "3", "--round", "2", code=2)
+    assert "round-001" in output(capsys, "select", "run", "--budget", "5")
+    stages = json.loads((rounds / "run.json").read_text())["stages"]
+    assert (stages["select"]["budget"], stages["select-001"]["budget"]) == (3, 5)
+
+
 def test_a_csv_comes_back_once(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     select()
     output(capsys, *GOLD)
@@ -106,6 +162,23 @@ def test_a_csv_comes_back_once(folder: Path, capsys: pytest.CaptureFixture[str],
     assert (again["added"], again["already"]) == (0, 10)
     elsewhere = json.loads(output(capsys, "import", "run", "labels.csv", "--as", "someone", "--json"))
     assert elsewhere["added"] == 10
+
+
+def test_an_edited_row_corrects_and_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    select()
+    output(capsys, *GOLD)
+    output(capsys, "export", "run", "--format", "csv", "--out", "labels.csv")
+    rows = Path("labels.csv").read_text().splitlines()
+    rows[1] = rows[1].replace(",first,", ",tie,").replace(",second,", ",tie,")
+    Path("labels.csv").write_text("\n".join(rows))
+    said = output(capsys, "import", "run", "labels.csv").splitlines()
+    assert said == [
+        "csv: 0 of 10 labels added",
+        "1 corrected what their annotators had said before",
+        "9 were there",
+    ]
+    found = json.loads(output(capsys, "import", "run", "labels.csv", "--json"))
+    assert (found["added"], found["corrected"], found["already"]) == (0, 0, 10)
 
 
 @pytest.mark.parametrize("file_format", ["argilla", "label-studio"])
@@ -172,12 +245,26 @@ def test_a_password_is_never_repeated(folder: Path, url: str, capsys: pytest.Cap
     assert "s3cret" not in (folder / "run.json").read_text()
 
 
+def said_at_start(*options: str) -> list[str]:
+    """What `dissonance label run` says until it serves; it is ended then."""
+    command = [sys.executable, "-m", "dissonance", "label", "run", "--port", "0", *options]
+    lines: list[str] = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("labelling at"):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 0, lines
+    return lines
+
+
 def test_a_judges_answers_can_be_checked_by_people(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     select()
     output(capsys, *GOLD)
-    from dissonance.labelling import check_judge
-
-    assert check_judge(folder, "gold", 3) == 3
+    lines = said_at_start("--check", "gold", "--sample", "3")
+    assert lines[0] == "3 queries that gold answered are open to people\n"
+    assert "3 of 10 queries are open" in lines[1]
     with labels_of(folder) as store:
         alice = store.annotator("alice")
         while (lease := store.lease(alice.annotator_id)) is not None:
@@ -185,13 +272,184 @@ def test_a_judges_answers_can_be_checked_by_people(folder: Path, capsys: pytest.
         assert sum(label.annotator == "alice" for label in store.labels()) == 3
 
 
+def test_a_gold_question_of_a_kind_that_is_not_asked_gives_itself_away(folder: Path) -> None:
+    select()
+    pair = {"prompt": "1 + 1?", "completions": ["2", "3"], "answer": {"choice": "first"}}
+    rating = {"kind": "rating", "prompt": "Say hello.", "completions": ["Hello!"], "answer": {"rating": 5}}
+    Path("gold.jsonl").write_text(json.dumps(pair) + "\n" + json.dumps(rating) + "\n")
+    warning, _ = said_at_start("--gold-questions", "gold.jsonl")
+    assert "warning: 1 of 2 gold questions give themselves away: their kind is rating" in warning
+    assert "this run asks pairwise questions alone" in warning
+    Path("gold.jsonl").write_text(json.dumps(pair))
+    assert len(said_at_start("--gold-questions", "gold.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "reads"),
+    [
+        (GOLD, 1),
+        (("import", "run", "labels.csv"), 1),
+        (("export", "run", "--format", "csv", "--out", "again.csv"), 1),
+        (("export", "run", "--out", "pairs.jsonl"), 0),
+        (("status", "run"), 0),
+    ],
+)
+def test_a_command_reads_the_texts_of_a_round_at_most_once(
+    folder: Path, command: tuple[str, ...], reads: int, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    select()
+    output(capsys, *GOLD)
+    output(capsys, "export", "run", "--format", "csv", "--out", "labels.csv")
+    read: list[str] = []
+    monkeypatch.setattr(questions.pq, "read_table", lambda path, **o: read.append(path.name) or read_table(path, **o))
+    output(capsys, *command)
+    assert read.count("completions.parquet") == reads
+    assert read.count("queries.parquet") == (1 if command[0] == "status" else reads)
+
+
+# -- a run folder that cannot be written -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bound() -> list[str]:
+    """What to put before a command, so that the modes of files bind it."""
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("modes do not bind root, and there is no setpriv to make them")
+    gone = "-dac_override,-dac_read_search"
+    return ["setpriv", f"--bounding-set={gone}", f"--inh-caps={gone}"]
+
+
+@contextmanager
+def protected(folder: Path) -> Iterator[None]:
+    """Nobody may write in the folder whom modes bind."""
+    paths = [folder, *folder.rglob("*")]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        yield
+    finally:
+        for path in paths:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+STATES = ["in order", "with a log", "with a log alone", "in use"]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_run_folder_that_cannot_be_written_can_be_read(
+    folder: Path, state: str, bound: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    select()
+    output(capsys, *GOLD)
+    select(budget=12)  # some queries were not asked yet
+    archive = tmp_path / "archive"
+
+    def dissonance(*arguments: str, code: int = 0) -> str:
+        command = [*bound, sys.executable, "-m", "dissonance", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        return done.stderr if code else done.stdout
+
+    with ExitStack() as stack:
+        store = stack.enter_context(labels_of(folder))
+        alice = store.annotator("alice")
+        for question in store.questions()[:5]:
+            store.record(alice.annotator_id, question.query_id, Answer("first"), key=question.query_id)
+        if state == "in order":
+            stack.close()
+        shutil.copytree(folder, archive)
+        if state == "with a log alone":
+            (archive / "labels.db-shm").unlink()
+        if state == "in use":
+            stack.close()
+            store = stack.enter_context(labels_of(archive))
+            assert store.labels()
+        assert (archive / "labels.db-wal").exists() == (state != "in order")
+        before = {path.name: path.read_bytes() for path in archive.iterdir() if path.is_file()}
+        with protected(archive):
+            assert subprocess.run([*bound, "test", "-w", str(archive)], check=False).returncode == 1
+            status = json.loads(dissonance("status", "archive", "--json"))
+            written = json.loads(dissonance("export", "archive", "--out", "a.jsonl", "--json"))
+            dissonance("export", "archive", "--format", "csv", "--out", "a.csv")
+            dissonance("export", "archive", "--format", "label-studio", "--out", "a")
+            refused = dissonance("invite", "archive", "ben", code=2)
+        assert {path.name: path.read_bytes() for path in archive.iterdir() if path.is_file()} == before
+    assert refused.count("\n") == 1
+    assert "label store archive/labels.db: " in refused
+    assert "writable" in refused
+    alices = {person["name"]: person["answers"] for person in status["labels"]["annotators"]}
+    assert alices == {"alice": 5, "gold": 10}
+    assert status["unasked"] > 0
+    assert json.loads(output(capsys, "status", "run", "--json")) == status | {"run": "run"}
+    assert json.loads(output(capsys, "export", "run", "--out", "b.jsonl", "--json")) == written
+    output(capsys, "export", "run", "--format", "csv", "--out", "b.csv")
+    output(capsys, "export", "run", "--format", "label-studio", "--out", "b")
+    assert Path("a.jsonl").read_bytes() == Path("b.jsonl").read_bytes()
+    assert Path("a.csv").read_bytes() == Path("b.csv").read_bytes()
+    assert Path("a/pairwise.json").read_bytes() == Path("b/pairwise.json").read_bytes()
+
+
+def test_a_protected_run_of_which_nothing_was_asked_can_be_read(folder: Path, bound: list[str]) -> None:
+    select()
+    with protected(folder):
+        base = [*bound, sys.executable, "-m", "dissonance"]
+        subprocess.run([*base, "status", "run"], check=True)
+        subprocess.run([*base, "export", "run", "--format", "argilla", "--out", "argilla"], check=True)
+    assert len(json.loads(Path("argilla/pairwise/records.json").read_text())) == 10
+    assert not (folder / "labels.db").exists()
+
+
+def test_a_store_that_went_missing_is_not_made_anew_to_be_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    select()
+    output(capsys, *GOLD)
+    (folder / "labels.db").unlink()
+    assert "labels.db is missing, and held the labels of run: put it back" in output(capsys, "status", "run", code=2)
+    assert not (folder / "labels.db").exists()
+
+
+def test_what_a_damaged_store_is_called_by_is_its_own_name(
+    folder: Path, bound: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    select()
+    output(capsys, *GOLD)
+    (folder / "labels.db").write_bytes(b"nonsense" * 500)
+    with protected(folder):
+        command = [*bound, sys.executable, "-m", "dissonance", "status", "run"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "label store run/labels.db: file is not a database" in done.stderr
+
+
+# -- what is wrong -----------------------------------------------------------------------------------------------------
+
+JUDGE = ("label", "run", "--annotator", "judge", "--endpoint", "http://127.0.0.1:9/v1", "--model", "m")
 BAD = {
     "nothing selected": (["label", "run"], "dissonance select"),
     "no run": (["label", "nowhere"], "not a run folder"),
     "gold without a model": (["label", "run", "--annotator", "gold"], "--reward-model"),
     "another's option": (["label", "run", "--flip", "0.1"], "--flip is for --annotator simulated"),
     "judge without endpoint": (["label", "run", "--annotator", "judge", "--model", "m"], "--endpoint"),
-    "a rate": ([*SIMULATED, "--flip", "1.5"], "flip of a simulated annotator is 1.5"),
+    "a rate": ([*SIMULATED, "--flip", "1.5"], "error: --flip of a simulated annotator is 1.5"),
+    "a bias without noise": (
+        [*SIMULATED, "--temperature", "0", "--position-bias", "1"],
+        "with --temperature 0 has no --position-bias: raise the --temperature",
+    ),
+    "a margin": ([*GOLD, "--tie-margin", "-1"], "--tie-margin is -1.0: use"),
+    "a cost without prices": (
+        [*JUDGE, "--max-cost", "5"],
+        "--max-cost is 5.0, but no prices are given: set --price-in and --price-out",
+    ),
+    "no attempts": ([*JUDGE, "--attempts", "0"], "the judge's --attempts is 0"),
+    "no time": ([*JUDGE, "--timeout", "0"], "--timeout is 0.0"),
+    "no address": ([*JUDGE[:5], "timeout", *JUDGE[6:]], "--endpoint is 'timeout': write it as"),
+    "labels of nobody": (
+        ["import", "run", "nobody.csv"],
+        "nobody.csv:2: names no annotator: say whose labels the file's",
+    ),
     "open to the network": (["label", "run", "--host", "192.0.2.1"], "login"),
     "guidelines": (["label", "run", "--guidelines", "nowhere.md"], "nowhere.md cannot be read"),
     "a foreign store": (["label", "run", "--store", "mysql://host/db"], "postgresql"),
@@ -216,8 +474,10 @@ def test_bad_input_is_one_line_and_changes_nothing(
     arguments, expected = BAD[name]
     if name not in ("nothing selected", "no run"):
         select()
-    if name == "another suffix":
+    if name in ("another suffix", "labels of nobody"):
         output(capsys, *GOLD)
+    if name == "labels of nobody":
+        Path("nobody.csv").write_text(f"query_id,choice\n{min(selected(folder))},tie\n")
     message = output(capsys, *arguments, code=2)
     assert expected in message
     assert message.count("\n") == 1

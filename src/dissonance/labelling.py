@@ -1,33 +1,56 @@
 """From a run folder's queries to labels and out again: what label, invite, import, export and status do."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dissonance.artifacts import Run, atomic_folder, atomic_path, find_run
+from dissonance.artifacts import atomic_folder, atomic_path, find_run
 from dissonance.config import RewardConfig
 from dissonance.errors import DataError, SettingsError
 from dissonance.feedback import access, exchange
-from dissonance.feedback.aggregate import Method, aggregate
-from dissonance.feedback.annotators.gold import GoldAnnotator, GoldSettings, Rewards, score_questions
+from dissonance.feedback.aggregate import aggregate
+from dissonance.feedback.annotators.gold import GoldAnnotator, GoldSettings
+from dissonance.feedback.annotators.rewards import score_questions
 from dissonance.feedback.annotators.run import annotate
 from dissonance.feedback.annotators.simulated import SimulatedAnnotator, SimulatedSettings
 from dissonance.feedback.exchange import ImportFormat
+from dissonance.feedback.gold_questions import other_kinds, read_gold_questions
 from dissonance.feedback.overview import overview
-from dissonance.feedback.questions import questions_of_round
+from dissonance.feedback.pairs import Method
 from dissonance.feedback.store import Progress, Store
 from dissonance.feedback.web.settings import LabelSettings
 from dissonance.progress import ProgressFactory, quiet
-from dissonance.records import Role
-from dissonance.run_labels import ask, check_free, labels_of
+from dissonance.records import Question, Role
+from dissonance.run_labels import ask, check_free, count_unasked, labels_of
 
 if TYPE_CHECKING:
     from dissonance.feedback.annotators.judge import JudgeSettings
 
 
-def label(
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A random sample of what a judge has answered, to ask people about."""
+
+    judge: str
+    """Its name."""
+    sample: int = 50
+    """Queries in all, those of an earlier call counted."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What the server says when it takes requests."""
+
+    url: str
+    progress: Progress
+    notes: tuple[str, ...]
+    """Lines for the lead, warnings among them."""
+
+
+def label(  # noqa: PLR0913
     run: Path | str,
     *,
     settings: LabelSettings | None = None,
@@ -35,8 +58,9 @@ def label(
     port: int = 8000,
     overlap: int | None = None,
     gold: Path | None = None,
+    check: Check | None = None,
     store: str | None = None,
-    ready: Callable[[str, Progress], None],
+    ready: Callable[[Ready], None],
 ) -> dict[str, Any]:
     """Ask people, in the browser, what `select` chose; returns when the server is told to stop.
 
@@ -47,21 +71,40 @@ def label(
         port: 0 takes a free one.
         overlap: annotators per query; by default as it was, 1 at first.
         gold: a file of questions whose answer is known.
+        check: also ask about a sample of a judge's answers.
         store: where the labels are, as in `labels_of`.
-        ready: told the address, and how far the asking is, once the server takes requests.
+        ready: told so once the server takes requests.
 
     Returns:
         The keys of `label --json`: how far the asking is.
 
     Raises:
-        InputError: nothing was selected, an option is wrong, or the store cannot be used.
+        InputError: nothing was selected, an option is wrong, the judge to check has answered nothing, or the store
+            cannot be used.
     """
     from dissonance.feedback.web.serve import serve
 
+    known = [] if gold is None else read_gold_questions(gold)
     with labels_of(run, store) as opened:
-        ask(run, opened, overlap=overlap, gold=gold)
-        serve(opened, settings or LabelSettings(), host, port, lambda url: ready(url, opened.progress()))
+        asked = ask(run, opened, overlap=overlap)
+        notes = []
+        if known:
+            opened.add_gold(known)
+            notes.append(other_kinds([question for question, *_ in known], asked))
+        if check is not None:
+            notes.append(f"{_check(opened, check):,} queries that {check.judge} answered are open to people")
+
+        def said(url: str) -> None:
+            ready(Ready(url, opened.progress(), tuple(filter(None, notes))))
+
+        serve(opened, settings or LabelSettings(), host, port, said)
         return asdict(opened.progress())
+
+
+def _check(store: Store, check: Check) -> int:
+    if check.judge not in {label.annotator for label in store.labels()}:
+        raise DataError(f"{check.judge!r} has answered nothing of this run: name an annotator that has")
+    return store.check_sample(check.judge, check.sample, check.seed)
 
 
 def label_by_judge(
@@ -92,55 +135,31 @@ def label_by_judge(
         return {**asdict(done), "judge": asdict(judge.summary())}
 
 
-def label_by_gold(
+def label_by_rewards(
     run: Path | str,
     reward_model: RewardConfig,
-    settings: GoldSettings,
+    settings: GoldSettings | SimulatedSettings,
     *,
     overlap: int | None = None,
     store: str | None = None,
     progress: ProgressFactory = quiet,
 ) -> dict[str, Any]:
-    """Have a second reward model, or a callable, answer what `select` chose."""
-    with labels_of(run, store) as opened:
-        ask(run, opened, overlap=overlap)
-        rewards = _rewards(opened, reward_model, progress)
-        return asdict(annotate(opened, GoldAnnotator(settings, rewards), progress))
+    """Have a second reward model, or a callable, answer what `select` chose; exactly, or as a simulated person sees it.
 
-
-def label_by_simulated(
-    run: Path | str,
-    reward_model: RewardConfig,
-    settings: SimulatedSettings,
-    *,
-    overlap: int | None = None,
-    store: str | None = None,
-    progress: ProgressFactory = quiet,
-) -> dict[str, Any]:
-    """Have a simulated person answer: a reward model seen through stated faults."""
-    with labels_of(run, store) as opened:
-        ask(run, opened, overlap=overlap)
-        rewards = _rewards(opened, reward_model, progress)
-        return asdict(annotate(opened, SimulatedAnnotator(settings, rewards), progress))
-
-
-def _rewards(store: Store, config: RewardConfig, progress: ProgressFactory) -> Rewards:
-    from dissonance.rewards import load_reward_model
-
-    return score_questions(load_reward_model(config), store.questions(), progress)
-
-
-def check_judge(run: Path | str, judge: str, sample: int, *, seed: int = 0, store: str | None = None) -> int:
-    """Ask people about a random sample of what a judge has answered; returns how many queries.
+    Returns:
+        What this call did.
 
     Raises:
-        DataError: the judge has answered nothing.
+        InputError: nothing was selected, or the reward model cannot be used.
     """
+    from dissonance.rewards import load_reward_model
+
     with labels_of(run, store) as opened:
-        ask(run, opened)
-        if judge not in {label.annotator for label in opened.labels()}:
-            raise DataError(f"{judge!r} has answered nothing in {run}: name an annotator that has")
-        return opened.check_sample(judge, sample, seed)
+        ask(run, opened, overlap=overlap)
+        rewards = score_questions(load_reward_model(reward_model), opened.questions(), progress)
+        if isinstance(settings, GoldSettings):
+            return asdict(annotate(opened, GoldAnnotator(settings, rewards), progress))
+        return asdict(annotate(opened, SimulatedAnnotator(settings, rewards), progress))
 
 
 def invite(
@@ -229,6 +248,7 @@ def export_pairs(
     only: Collection[str] = (),
     exclude: Collection[str] = (),
     ties: bool = False,
+    round_number: int | None = None,
     store: str | None = None,
 ) -> dict[str, Any]:
     """Write what the labels come to as TRL's conversational preferences, .jsonl or .parquet.
@@ -240,13 +260,16 @@ def export_pairs(
         only: kinds or names of the annotators to count; empty for all.
         exclude: kinds or names of those not to count.
         ties: also write ties, marked by a column of that name.
+        round_number: of which round; by default of all.
         store: where the labels are, as in `labels_of`.
     """
     out = Path(out)
     check_free(run, out, store)
-    with labels_of(run, store) as opened:
-        questions = {q.query_id: q for q in opened.questions(retired=True)}
-        found = aggregate(opened.labels(), questions, opened.gold(), method, only=only, exclude=exclude)
+    with labels_of(run, store, reading=True) as opened:
+        gold = opened.gold()
+        questions = _of_round(run, opened.questions(retired=True), gold, round_number)
+        labels = [label for label in opened.labels() if label.query_id in questions]
+    found = aggregate(labels, questions, gold, method, only=only, exclude=exclude)
     if not found.pairs:
         raise DataError(f"the labels of {run} come to no preference: {'; '.join(found.explanation)}")
     with _atomic_file(out) as temporary:
@@ -270,9 +293,17 @@ def export_labels(
     out: Path | str,
     file_format: Literal["argilla", "label-studio", "csv"],
     *,
+    round_number: int | None = None,
     store: str | None = None,
 ) -> dict[str, Any]:
     """Write questions and labels for another tool: a folder for Argilla or Label Studio, a file of CSV.
+
+    Args:
+        run: the run folder.
+        out: the folder or file.
+        file_format: for which tool.
+        round_number: of which round; by default of all.
+        store: where the labels are, as in `labels_of`.
 
     Raises:
         DataError: the folder is there already, or there is nothing to write.
@@ -281,11 +312,12 @@ def export_labels(
     check_free(run, out, store)
     if file_format == "csv" and out.suffix != ".csv":
         raise SettingsError(f"--out {out} is not named .csv: change its name, or choose another --format")
-    with labels_of(run, store) as opened:
+    with labels_of(run, store, reading=True) as opened:
         ask(run, opened)
-        labels = opened.labels()
+        of_round = _of_round(run, opened.questions(retired=True), opened.gold(), round_number)
+        labels = [label for label in opened.labels() if label.query_id in of_round]
         wanted = {q.query_id for q in opened.questions()} | {label.query_id for label in labels}
-        questions = [q for q in opened.questions(retired=True) if q.query_id in wanted]
+    questions = [question for query_id, question in of_round.items() if query_id in wanted]
     if file_format == "csv":
         with _atomic_file(out) as temporary:
             return {"format": file_format, "labels": exchange.write_csv(temporary, labels, questions)}
@@ -293,6 +325,19 @@ def export_labels(
     with atomic_folder(out) as temporary:
         written = write(temporary, questions, labels)
     return {"format": file_format, "files": written.files, "left_out": written.left_out}
+
+
+def _of_round(
+    run: Path | str, questions: Iterable[Question], gold: Collection[str], number: int | None
+) -> dict[str, Question]:
+    """The questions of a round, or of all, by query_id; those of known answer are everyone's.
+
+    Raises:
+        RunError: there is no such round.
+    """
+    if number is not None:
+        find_run(Path(run)).find_round(number)
+    return {q.query_id: q for q in questions if number in (None, q.round) or q.query_id in gold}
 
 
 def status(run: Path | str, *, store: str | None = None) -> dict[str, Any]:
@@ -312,17 +357,10 @@ def status(run: Path | str, *, store: str | None = None) -> dict[str, Any]:
         "unasked": 0,
     }
     if found.finished("label") is not None:
-        with labels_of(run, store) as opened:
+        with labels_of(run, store, reading=True) as opened:
             state["labels"] = overview(opened).to_json()
-            state["unasked"] = _unasked(found, opened)
+            state["unasked"] = count_unasked(run, opened)
     return state
-
-
-def _unasked(run: Run, store: Store) -> int:
-    """Queries that were selected since they were last put to anyone."""
-    asked = {question.query_id for question in store.questions()}
-    rounds = [n for n in run.rounds if (run.round(n) / "queries.parquet").is_file()]
-    return sum(q.query_id not in asked for n in rounds for q in questions_of_round(run.round(n)))
 
 
 @contextmanager

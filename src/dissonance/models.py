@@ -46,7 +46,15 @@ class RewardModel(Protocol):
 
 
 class Annotator(Protocol):
-    """Answers questions: a judge model, a gold reward, a simulated person. People answer through the labelling page."""
+    """Answers questions: a judge model, a gold reward, a simulated person. People answer through the labelling page.
+
+    It may offer two things more, and then both (`dissonance.feedback.annotators.run.DetailedAnnotator`):
+
+        fingerprint        a property: a text that another model, prompt or setting would change. An annotator that has
+                           answered under one fingerprint is refused under another, so that one name is one annotator.
+        details(question)  called after `answer` gave an answer to this question: a `run.Details` with the order in
+                           which it saw the completions (`shown`) and its reasons (`note`), stored beside the answer.
+    """
 
     @property
     def name(self) -> str:

@@ -1,8 +1,9 @@
 """The label store of a run folder: where it is, whose it is, and what is put into it to ask."""
 
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from sqlalchemy import make_url
@@ -10,9 +11,10 @@ from sqlalchemy.exc import ArgumentError
 
 from dissonance.artifacts import Run, find_run, open_run
 from dissonance.errors import RunError, StoreError
-from dissonance.feedback.gold_questions import read_gold_questions
-from dissonance.feedback.questions import questions_of_round
+from dissonance.feedback.questions import query_ids_of_round, questions_of_round
+from dissonance.feedback.snapshot import can_be_written, copied
 from dissonance.feedback.store import Store
+from dissonance.records import Question
 
 LABELS = "labels.db"
 _LOCK_SECONDS = 5.0
@@ -20,27 +22,45 @@ _OWN = re.compile(r"run\.json|config\.yaml|summary\.json|report\.html|labels\.db
 
 
 @contextmanager
-def labels_of(run: Path | str, store: str | None = None) -> Iterator[Store]:
+def labels_of(run: Path | str, store: str | None = None, *, reading: bool = False) -> Iterator[Store]:
     """Open the label store of a run: RUN/labels.db, or where `store` put the run's labels at first.
 
     Args:
         run: the run folder.
         store: `postgresql://user@host/database` or a file. Once it holds questions or people, run.json remembers it,
             without its password.
+        reading: whether nothing that is written now has to last. A file that cannot be written is copied then, and the
+            copy opened.
 
     Raises:
         RunError: this is no run folder, or its labels are somewhere else than `store`.
-        StoreError: the store cannot be opened, or holds another run's labels.
+        StoreError: the store cannot be opened, holds another run's labels, or is to be read and not there.
     """
     found = find_run(Path(run))
     where, plain = _where(found, store)
-    with Store.open(where, found.run_id) as opened:
+    with _readable(found, where) if reading else nullcontext(where) as place, Store.open(place, found.run_id) as opened:
         try:
             yield opened
         finally:
-            if found.finished("label") is None and _in_use(opened):
+            lasts = place == where and os.access(found.path, os.W_OK)
+            if lasts and found.finished("label") is None and _in_use(opened):
                 with open_run(found.path, wait=_LOCK_SECONDS) as locked:
                     locked.finish("label", store=plain)
+
+
+@contextmanager
+def _readable(run: Run, where: Path | str) -> Iterator[Path | str]:
+    """The store's place, or that of a copy."""
+    if not isinstance(where, Path) or not where.parent.is_dir():
+        yield where
+        return
+    if not where.exists() and run.finished("label") is not None:
+        raise StoreError(f"{where} is missing, and held the labels of {run.path}: put it back")
+    if can_be_written(where):
+        yield where
+        return
+    with copied(where) as copy:
+        yield copy
 
 
 def _in_use(store: Store) -> bool:
@@ -77,24 +97,33 @@ def _plain(run: Run, store: str) -> str:
     return url.set(password=None).render_as_string()
 
 
-def ask(run: Path | str, store: Store, *, overlap: int | None = None, gold: Path | None = None) -> int:
-    """Put what `select` chose, in every round, into the store, with gold questions; returns how many are new.
+def ask(run: Path | str, store: Store, *, overlap: int | None = None) -> list[Question]:
+    """Put what `select` chose, in every round, into the store; gives those questions.
 
     Args:
         run: the run folder.
         store: its store.
         overlap: annotators per query; by default as it was, 1 at first.
-        gold: a file of questions whose answer is known.
 
     Raises:
-        InputError: nothing was selected, texts are missing, or the file of gold questions is wrong; nothing was stored.
+        InputError: nothing was selected, or texts are missing; nothing was stored.
     """
     found = find_run(Path(run))
-    known = [] if gold is None else read_gold_questions(gold)
-    rounds = [n for n in found.rounds if (found.round(n) / "queries.parquet").is_file()]
-    asked = {number: questions_of_round(found.round(number)) for number in rounds or [0]}
-    new = sum(store.add_questions(qs, overlap=overlap, round_number=n) for n, qs in asked.items())
-    return new + (store.add_gold(known) if known else 0)
+    asked = {number: questions_of_round(found.round(number), number) for number in _selected(found) or [0]}
+    for number, questions in asked.items():
+        store.add_questions(questions, overlap=overlap, round_number=number)
+    return [question for questions in asked.values() for question in questions]
+
+
+def count_unasked(run: Path | str, store: Store) -> int:
+    """Count the queries that were selected since they were last put to anyone."""
+    found = find_run(Path(run))
+    asked = {question.query_id for question in store.questions()}
+    return sum(query_id not in asked for n in _selected(found) for query_id in query_ids_of_round(found.round(n)))
+
+
+def _selected(run: Run) -> list[int]:
+    return [number for number in run.rounds if (run.round(number) / "queries.parquet").is_file()]
 
 
 def check_free(run: Path | str, out: Path, store: str | None) -> None:

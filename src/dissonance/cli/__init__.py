@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from dissonance import __version__
-from dissonance.cli import conflicts, feedback
+from dissonance.cli import conflicts, exchange, label, status
 from dissonance.errors import DissonanceError
 
 app = typer.Typer(
@@ -23,8 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.add_typer(conflicts.app)
-app.add_typer(feedback.app)
+for module in (conflicts, label, exchange, status):
+    app.add_typer(module.app)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,7 +5,7 @@ An annotator is shown the query_id, so those of gold questions are like any othe
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,6 +49,18 @@ def read_gold_questions(path: Path) -> list[tuple[Question, Answer, str]]:
     if not found:
         raise DataError(f"{path} holds no questions")
     return list(found.values())
+
+
+def other_kinds(known: Sequence[Question], asked: Sequence[Question]) -> str:
+    """Say which gold questions give themselves away by a kind that is not asked otherwise; nothing where none does."""
+    kinds = {question.kind for question in asked}
+    strange = [question.kind for question in known if question.kind not in kinds]
+    if not strange or not kinds:
+        return ""
+    return (
+        f"warning: {len(strange)} of {len(known)} gold questions give themselves away: their kind is "
+        f"{' or '.join(sorted(set(strange)))}, and this run asks {' and '.join(sorted(kinds))} questions alone"
+    )
 
 
 def _gold(row: object) -> tuple[Question, Answer, str]:

@@ -13,27 +13,22 @@ drawn uniformly. Whatever is drawn is keyed by seed, name and query: it does not
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
-from dissonance.config import RewardKind
 from dissonance.errors import SettingsError
-from dissonance.feedback.annotators.gold import Rewards, fingerprint, ranks_by
+from dissonance.feedback.annotators.rewards import RewardedAnnotator, RewardedSettings, ranks_by
 from dissonance.feedback.annotators.run import Details
 from dissonance.records import RATINGS, AnnotatorKind, Answer, Question
 
 
 @dataclass(frozen=True, slots=True)
-class SimulatedSettings:
-    """One simulated person."""
+class SimulatedSettings(RewardedSettings):
+    """One simulated person. Where rewards are costs, an answer is safe where its utility is not negative."""
 
     name: str = "simulated"
     seed: int = 0
-    source: str = ""
-    """Which reward model is behind it, so that another one does not go on under the same name."""
-    kind: RewardKind = "reward"
-    """`cost`: ratings say whether an answer is safe: where the utility is not negative."""
     temperature: float = 1.0
     """In units of the reward; 0 never errs."""
     flip: float = 0.0
@@ -57,20 +52,10 @@ class SimulatedSettings:
             raise SettingsError("a simulated annotator with temperature 0 has no position_bias: raise the temperature")
 
 
-class SimulatedAnnotator:
+class SimulatedAnnotator(RewardedAnnotator[SimulatedSettings]):
     """Answers as its settings say; a `models.Annotator`."""
 
     kind: AnnotatorKind = "simulated"
-    concurrency = 1
-
-    def __init__(self, settings: SimulatedSettings, rewards: Rewards) -> None:
-        self.settings, self.name = settings, settings.name
-        self._rewards = rewards
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells apart simulated people whose answers should not stand under one name."""
-        return fingerprint(asdict(self.settings))
 
     def details(self, question: Question) -> Details:
         """The order in which the completions were shown."""

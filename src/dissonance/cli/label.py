@@ -1,7 +1,10 @@
-"""The commands that ask and what comes of it: label, invite, revoke, import, export, status."""
+"""The commands that ask: label, invite, revoke."""
 
 import logging
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +33,15 @@ _OPTIONS: dict[str, set[str]] = {
     },
 }  # fmt: skip
 """Which options of `label` belong to whom; --as, --overlap and --store are everyone's."""
+_SETTINGS = {
+    name.replace("-", "_"): f"--{name}"
+    for name in (
+        "api-key-env", "attempts", "concurrency", "flip", "gold-every", "lapse", "max-cost", "max-tokens",
+        "max-tokens-total", "position-bias", "price-in", "price-out", "temperature", "tie-band", "tie-margin",
+        "timeout",
+    )
+} | {"base_url": "--endpoint"}  # fmt: skip
+"""What errors call a setting -> the option it was given by."""
 
 
 @app.command()
@@ -91,22 +103,32 @@ def label(
     _check_options(annotator, given)
     common: dict[str, Any] = {"overlap": overlap, "store": store}
     if annotator == "people":
-        _label_people(run, given, common, as_json)
+        with _options_named():
+            _label_people(run, given, common, as_json)
         return
     from dissonance import labelling
 
-    progress = progress_of(silent)
-    if annotator == "judge":
-        found = labelling.label_by_judge(run, _judge(run, given), **common, progress=progress)
-    elif annotator == "gold":
-        reward = _reward(given)
-        found = labelling.label_by_gold(run, reward, _gold(given, reward), **common, progress=progress)
-    else:
-        reward = _reward(given)
-        found = labelling.label_by_simulated(run, reward, _simulated(given, reward), **common, progress=progress)
+    common["progress"] = progress_of(silent)
+    with _options_named():
+        if annotator == "judge":
+            found = labelling.label_by_judge(run, _judge(run, given), **common)
+        else:
+            reward = _reward(given)
+            settings = (_gold if annotator == "gold" else _simulated)(given, reward)
+            found = labelling.label_by_rewards(run, reward, settings, **common)
     say(found, as_json, _annotated_lines(found))
     if found["stopped"]:
         raise typer.Exit(130 if found["stopped"] == "interrupted" else 1)
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Name options in errors as they were typed, rather than the settings they become; what is quoted stays."""
+    try:
+        yield
+    except SettingsError as error:
+        found = re.sub(r"(?<!\w)'[^']*'|(?<![-\w])\w+", lambda word: _SETTINGS.get(word[0], word[0]), str(error))
+        raise SettingsError(found) from error
 
 
 def _check_options(annotator: Who, given: dict[str, Any]) -> None:
@@ -138,16 +160,13 @@ def _label_people(run: Path, given: dict[str, Any], common: dict[str, Any], as_j
         gold_every=given.get("gold-every", 10),
         secure_cookies=given.get("https", False),
     )
-    if "check" in given:
-        opened = labelling.check_judge(
-            run, given["check"], given.get("sample", 50), seed=given.get("seed", 0), store=common["store"]
-        )
-        print(f"{opened} queries that {given['check']} answered are open to people", file=sys.stderr)
 
-    def ready(url: str, progress: Any) -> None:
+    def ready(found: labelling.Ready) -> None:
         how = "; people sign in by their personal links" if settings.login_required else ""
-        waiting = f"{progress.queries - progress.closed:,} of {progress.queries:,} queries are open"
-        print(f"labelling at {url}{how}; {waiting}; Ctrl-C ends it", file=sys.stderr, flush=True)
+        open_ones = found.progress.queries - found.progress.closed
+        waiting = f"{open_ones:,} of {found.progress.queries:,} queries are open"
+        lines = [*found.notes, f"labelling at {found.url}{how}; {waiting}; Ctrl-C ends it"]
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
     found = labelling.label(
         run,
@@ -155,6 +174,7 @@ def _label_people(run: Path, given: dict[str, Any], common: dict[str, Any], as_j
         host=given.get("host", "127.0.0.1"),
         port=given.get("port", 8000),
         gold=given.get("gold-questions"),
+        check=labelling.Check(given["check"], **_named(given, "sample", "seed")) if "check" in given else None,
         ready=ready,
         **common,
     )
@@ -266,140 +286,3 @@ def revoke(
 
     links = end(run, name, store=store)
     say({"name": name, "revoked": links}, as_json, [f"links revoked: {links}"])
-
-
-@app.command("import")
-def import_(
-    run: RunFolder,
-    file: Annotated[Path, typer.Argument(help="TRL preferences, an Argilla or Label Studio export, or CSV.")],
-    file_format: Annotated[
-        Literal["trl", "argilla", "label-studio", "csv"] | None,
-        typer.Option("--format", help="What it is; by default its content says."),
-    ] = None,
-    name: Annotated[str | None, typer.Option("--as", help="Whose labels these are, whoever the file names.")] = None,
-    predictions: Annotated[bool, typer.Option("--predictions", help="Also take models' suggestions.")] = False,
-    skip_unknown: Annotated[
-        bool, typer.Option("--skip-unknown", help="Leave out what this run has not asked.")
-    ] = False,
-    store: StoreUrl = None,
-    as_json: Json = False,
-) -> None:
-    """Take in labels that were made elsewhere. The same file twice adds nothing.
-
-    Example: dissonance import run project-1.json
-    """
-    from dissonance.labelling import import_labels
-
-    found = import_labels(
-        run,
-        file,
-        file_format=file_format,
-        annotator=name,
-        predictions=predictions,
-        skip_unknown=skip_unknown,
-        store=store,
-    )
-    lines = [f"{found['format']}: {found['added']:,} of {found['labels']:,} labels added"]
-    notes = {
-        "already": "were there",
-        "superseded": "were there, and their annotators have said something else since",
-        "unknown": "about questions that this run has not asked",
-        "unfinished": "drafts, left out",
-        "by_models": "by models, left out: --predictions takes them",
-    }
-    say(found, as_json, lines + [f"{found[key]:,} {what}" for key, what in notes.items() if found[key]])
-
-
-@app.command()
-def export(
-    run: RunFolder,
-    out: Annotated[Path, typer.Option("--out", help="A file (trl: .jsonl or .parquet; csv), else a new folder.")],
-    file_format: Annotated[
-        Literal["trl", "argilla", "label-studio", "csv"], typer.Option("--format", help="For which tool.")
-    ] = "trl",
-    method: Annotated[
-        Literal["majority", "dawid_skene", "dgr"] | None, typer.Option(help="trl: how labels become pairs; majority.")
-    ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="trl: count this annotator, or kind (judge), alone.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="trl: do not count this annotator or kind.")] = None,
-    ties: Annotated[bool | None, typer.Option("--ties", help="trl: also ties, in a column tie.")] = None,
-    store: StoreUrl = None,
-    as_json: Json = False,
-) -> None:
-    """Write preferences to train on, or questions and labels for another tool.
-
-    Example: dissonance export run --format trl --out preferences.jsonl
-    """
-    from dissonance.labelling import export_labels, export_pairs
-
-    if file_format == "trl":
-        found = export_pairs(
-            run, out, method=method or "majority", only=only or (), exclude=exclude or (), ties=bool(ties), store=store
-        )
-        lines = [*found["explanation"], f"{found['pairs']:,} pairs: {out}"]
-        if found["ties_left_out"]:
-            lines.insert(-1, f"left out: {found['ties_left_out']:,} ties, which --ties writes too")
-        say(found, as_json, lines)
-        return
-    for option, value in {"method": method, "only": only, "exclude": exclude, "ties": ties}.items():
-        if value is not None:
-            raise SettingsError(f"--{option} is for --format trl, not {file_format}: leave it out")
-    found = export_labels(run, out, file_format, store=store)
-    if "labels" in found:
-        say(found, as_json, [f"{found['labels']:,} labels: {out}"])
-        return
-    lines = [f"{name}: {count:,} questions" for name, count in found["files"].items()]
-    if found["left_out"]:
-        lines.append(f"left out: {found['left_out']:,} labels that the format cannot carry")
-    say(found, as_json, [*lines, f"folder: {out}"])
-
-
-@app.command()
-def status(run: RunFolder, store: StoreUrl = None, as_json: Json = False) -> None:
-    """Show how far a run is, how far the asking, and how well annotators agree.
-
-    Example: dissonance status run
-    """
-    from dissonance.labelling import status as state_of
-
-    found = state_of(run, store=store)
-    lines = [f"{name}: done {finished}" for name, finished in found["stages"].items() if name != "label"]
-    lines += _label_lines(found["labels"])
-    if found["unasked"]:
-        lines.append(f"selected since, and not asked yet: {found['unasked']:,}; `dissonance label` asks them")
-    say(found, as_json, lines)
-
-
-def _label_lines(labels: dict[str, Any] | None) -> list[str]:
-    if labels is None:
-        return ["nobody has been asked yet: `dissonance label`"]
-    progress = labels["progress"]
-    answers = f"answers: {progress['answered']:,} of {progress['wanted']:,}"
-    lines = [f"queries: {progress['closed']:,} of {progress['queries']:,} answered; {answers}"]
-    for kind, agreement in labels["agreement"].items():
-        alpha = agreement["alpha"]
-        said = (
-            agreement["reason"] if alpha is None else f"{alpha['mean']:.2f} ({alpha['low']:.2f} to {alpha['high']:.2f})"
-        )
-        lines.append(f"Krippendorff's alpha, {kind}: {said}")
-    lines += [_annotator_line(annotator) for annotator in labels["annotators"]]
-    counts = {
-        "disagreements to settle": labels["n_unsettled"],
-        "flags and notes": labels["n_remarks"],
-        "prompts whose preferences run in a circle": len(labels["conflicts"]["cyclic"]),
-    }
-    return lines + [f"{what}: {count:,}" for what, count in counts.items() if count]
-
-
-def _annotator_line(annotator: dict[str, Any]) -> str:
-    parts = [f"{annotator['answers']:,} answers"]
-    if annotator["kind"] == "person" and annotator["per_hour"] is not None:
-        parts.append(f"{annotator['per_hour']:,.0f} an hour")
-    for key, what in {
-        "left_share": "left is better",
-        "gold_accuracy": "known answers right",
-        "majority_agreement": "agrees with the others",
-    }.items():
-        if (share := annotator[key]) is not None:
-            parts.append(f"{what} {share['mean']:.0%} ({share['low']:.0%} to {share['high']:.0%})")
-    return f"{annotator['name']}: {', '.join(parts)}"
