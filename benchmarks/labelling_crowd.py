@@ -240,15 +240,17 @@ class Crowd:
             if annotator.question is not None:
                 annotator.answer()
                 continue
-            with self._changed:
-                self._idle.pop(annotator.name, None)
-                before = self._acknowledged
+            before = self._acknowledged
             annotator.look("/question")
             if annotator.question is None:
                 self._rest(annotator, before)
+                continue
+            with self._changed:
+                self._idle.pop(annotator.name, None)
 
     def _rest(self, annotator: Annotator, before: int) -> None:
         with self._changed:
+            # It stays while they look again: 64 who look in turn would never all rest at one time.
             self._idle[annotator.name] = before
             last = len(self._idle) == len(self.annotators) and set(self._idle.values()) == {self._acknowledged}
         if last:  # since the latest answer, everyone was told that nothing is left

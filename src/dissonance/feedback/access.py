@@ -134,9 +134,8 @@ def person_of_token(store: Store, token: str) -> Person | None:
 
 
 def _person(store: Store, chosen: Executable, secret: str) -> Person | None:
-    with store.reading() as connection:
-        row = connection.execute(chosen, {"hash": _hash(secret), "now": store.now()}).one_or_none()
-    return None if row is None else Person(row.annotator_id, row.name, row.kind, row.role)
+    rows = store.rows(chosen, {"hash": _hash(secret), "now": store.now()})
+    return Person(rows[0].annotator_id, rows[0].name, rows[0].kind, rows[0].role) if rows else None
 
 
 def _hash(secret: str) -> str:

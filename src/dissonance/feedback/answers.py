@@ -4,9 +4,9 @@ What a lead settles supersedes nothing but what they settled before: it stands b
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from sqlalchemy import (
     BindParameter,
@@ -34,17 +34,30 @@ from dissonance.records import Answer, Label
 _LARGEST_ID = 2**31 - 1
 
 
+class Said(TypedDict, total=False):
+    """What may be said beside an answer."""
+
+    shown: Sequence[int]
+    """The completion_ids in the order shown, from the lease; empty where nothing was shown."""
+    seconds: float | None
+    """From the showing to the answer."""
+    note: str
+    """The annotator's words."""
+    flagged: bool
+    """Whether the annotator wants a lead to look."""
+    adjudicated: bool
+    """A lead settles a disagreement; the query is asked no more. A skip takes that back."""
+
+
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """An answer on its way into the store."""
+    """An answer on its way into the store; see `Said`."""
 
     answer: Answer
     key: str
     """1 to 64 characters of the sender's choosing, new for each answer: sent again, it is stored once."""
-    shown: tuple[int, ...] = ()
-    """The completion_ids in the order shown; empty where nothing was."""
+    shown: Sequence[int] = ()
     seconds: float | None = None
-    """From the showing to the answer."""
     note: str = ""
     flagged: bool = False
     adjudicated: bool = False
@@ -82,7 +95,7 @@ def record_answer(
     mine = {"query": query_id, "me": person.annotator_id, "now": now}
     connection.execute(CLOSE_LEASE, mine)
     connection.execute(_RECOUNT_ONE, {"query": query_id, "now": now})
-    rest = (said.shown, said.seconds, said.note, said.flagged, said.adjudicated, row.supersedes)
+    rest = (tuple(said.shown), said.seconds, said.note, said.flagged, said.adjudicated, row.supersedes)
     return Label(row.label_id, query_id, person.name, person.kind, said.answer, now, *rest), True
 
 

@@ -22,6 +22,8 @@ from dissonance.errors import StoreError
 BUSY_SECONDS = 10.0
 """How long a writer waits for another process's writer before it gives up."""
 
+_CONNECTIONS = 40
+"""As many as the server has threads: what is beyond would be opened and closed with every use."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 _VERSION_TABLE = "dissonance_version"
 _MIGRATING = threading.Lock()
@@ -124,7 +126,12 @@ def _create_engine(url: URL, busy_seconds: float) -> Engine:
         options = {} if "connect_timeout" in url.query else {"connect_timeout": max(2, math.ceil(busy_seconds))}
     try:
         engine = create_engine(
-            url, connect_args=options, pool_size=16, max_overflow=32, pool_pre_ping=not sqlite, hide_parameters=True
+            url,
+            connect_args=options,
+            pool_size=_CONNECTIONS,
+            max_overflow=8,
+            pool_pre_ping=not sqlite,
+            hide_parameters=True,
         )
     except ImportError as error:
         raise StoreError(f"{shown(url)}: install the driver with pip install 'dissonance[postgres]'") from error

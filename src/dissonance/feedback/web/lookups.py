@@ -6,7 +6,7 @@ The statements are built once: building them costs more than running them.
 from itertools import pairwise
 from statistics import median
 
-from sqlalchemy import BindParameter, and_, bindparam, exists, func, or_, select
+from sqlalchemy import BindParameter, and_, bindparam, case, exists, func, literal, or_, select, true
 
 from dissonance.feedback.rows import question_from_row
 from dissonance.feedback.schema import labels, leases, queries
@@ -20,12 +20,19 @@ _PACE_OF = 21
 _WHO: BindParameter[int] = bindparam("annotator_id")
 _MINE = and_(labels.c.annotator_id == _WHO, labels.c.supersedes.is_(None), ~labels.c.adjudicated)
 _OPEN = and_(queries.c.closed_at.is_(None), queries.c.retired_at.is_(None), ~queries.c.is_gold)
-_COUNTS = select(
-    select(func.count()).select_from(labels).where(_MINE).scalar_subquery(),
-    select(func.count()).select_from(queries).where(_OPEN).scalar_subquery(),
-    select(func.count()).select_from(labels).join(queries).where(_MINE, _OPEN).scalar_subquery(),
+_LATEST = select(labels.c.created_at).where(_MINE).order_by(labels.c.label_id.desc()).limit(_PACE_OF).subquery()
+# Looked up by its key for each label, and judged after: PostgreSQL, while it has no statistics, takes a condition for a
+# reason to walk through every open query, for every label.
+_is_open = (
+    select(case((_OPEN, 1), else_=0)).where(queries.c.query_id == labels.c.query_id).correlate(labels).scalar_subquery()
 )
-_LATEST = select(labels.c.created_at).where(_MINE).order_by(labels.c.created_at.desc()).limit(_PACE_OF)
+# One statement, for one trip to the server: the counts, beside each of the latest times or beside none.
+_PROGRESS = select(
+    select(func.count()).select_from(labels).where(_MINE).scalar_subquery().label("done"),
+    select(func.count()).select_from(queries).where(_OPEN).scalar_subquery().label("open"),
+    select(func.sum(_is_open)).select_from(labels).where(_MINE).scalar_subquery().label("answered"),
+    _LATEST.c.created_at,
+).select_from(select(literal(1)).subquery().outerjoin(_LATEST, true()))
 _GIVEN = select(queries).where(
     queries.c.query_id == bindparam("query_id"),
     or_(
@@ -37,17 +44,14 @@ _GIVEN = select(queries).where(
 
 def person_progress(store: Store, annotator_id: int) -> PersonProgress:
     """How many questions an annotator has answered, how many could still come, and how fast it goes."""
-    values = {"annotator_id": annotator_id}
-    with store.reading() as connection:
-        done, n_open, answered = connection.execute(_COUNTS, values).one()
-        times = connection.scalars(_LATEST, values).all()
+    rows = store.rows(_PROGRESS, {"annotator_id": annotator_id})
+    times = [row.created_at for row in rows if row.created_at is not None]
     # The median passes over breaks.
     between = median([later - earlier for later, earlier in pairwise(times)]) if len(times) > 2 else 0.0
-    return PersonProgress(done, n_open - answered, 3600 / between if between > 0 else None)
+    return PersonProgress(rows[0].done, rows[0].open - (rows[0].answered or 0), 3600 / between if between > 0 else None)
 
 
 def question_given_to(store: Store, annotator_id: int, query_id: str) -> Question | None:
     """A question that an annotator was ever shown; None for any other, which they may not answer."""
-    with store.reading() as connection:
-        row = connection.execute(_GIVEN, {"query_id": query_id, "annotator_id": annotator_id}).one_or_none()
-    return None if row is None else question_from_row(row)
+    rows = store.rows(_GIVEN, {"query_id": query_id, "annotator_id": annotator_id})
+    return question_from_row(rows[0]) if rows else None

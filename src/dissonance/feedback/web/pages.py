@@ -6,7 +6,9 @@ from fastapi import APIRouter, Form, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from dissonance.feedback.access import end_session, person_of_token, sign_in
+from dissonance.feedback.answers import Said
 from dissonance.feedback.overview import overview
+from dissonance.feedback.store import Lease
 from dissonance.feedback.web.forms import AnswerForm, QueryId, answer_of
 from dissonance.feedback.web.lookups import person_progress
 from dissonance.feedback.web.site import LeadOf, Site, SiteOf, Visitor, VisitorOf, too_many
@@ -33,7 +35,7 @@ def label_page(site: SiteOf, visitor: VisitorOf) -> HTMLResponse:
 @router.get("/question")
 def next_question(site: SiteOf, visitor: VisitorOf) -> HTMLResponse:
     """The question that comes next, as a part of the page."""
-    return _next(site, visitor)
+    return _next(site, visitor, site.lease(visitor.person))
 
 
 @router.get("/question/previous")
@@ -53,13 +55,13 @@ def previous_question(
 @router.post("/answers")
 def answer(site: SiteOf, visitor: VisitorOf, form: Annotated[AnswerForm, Form()]) -> HTMLResponse:
     """Store an answer, and give the next question; the answer is on disk before this is sent."""
-    _record(site, visitor, form, adjudicated=False)
-    return _next(site, visitor)
+    question = site.question_for(visitor.person, form.query_id)
+    answer = answer_of(form, question)
+    return _next(site, visitor, site.record_and_lease(visitor.person, question, answer, form.key, **_said(form)))
 
 
-def _next(site: Site, visitor: Visitor) -> HTMLResponse:
+def _next(site: Site, visitor: Visitor, lease: Lease | None) -> HTMLResponse:
     person = visitor.person
-    lease = site.lease(person)
     if lease is None:
         progress = person_progress(site.store, person.annotator_id)
         return site.html("_done.html", person=person, csrf=visitor.csrf, progress=progress)
@@ -67,19 +69,8 @@ def _next(site: Site, visitor: Visitor) -> HTMLResponse:
     return site.html("_question.html", person=person, csrf=visitor.csrf, view=view)
 
 
-def _record(site: Site, visitor: Visitor, form: AnswerForm, *, adjudicated: bool) -> None:
-    question = site.question_for(visitor.person, form.query_id)
-    site.record(
-        visitor.person,
-        question,
-        answer_of(form, question),
-        form.key,
-        shown=form.shown_ids,
-        seconds=form.seconds,
-        note=form.note,
-        flagged=form.flagged == "on",
-        adjudicated=adjudicated,
-    )
+def _said(form: AnswerForm) -> Said:
+    return {"shown": form.shown_ids, "seconds": form.seconds, "note": form.note, "flagged": form.flagged == "on"}
 
 
 @router.get("/join")
@@ -165,7 +156,8 @@ def adjudicate(
     """Settle a query: the lead's answer outweighs the others."""
     if form.query_id != query_id:
         raise HTTPException(422, f"the form is about query {form.query_id!r}, the address about {query_id!r}")
-    _record(site, lead, form, adjudicated=True)
+    question = site.question_for(lead.person, query_id)
+    site.record(lead.person, question, answer_of(form, question), form.key, adjudicated=True, **_said(form))
     if "hx-request" in request.headers:
         return Response(status_code=204, headers={"HX-Redirect": "/overview"})
     return RedirectResponse("/overview", 303)

@@ -4,6 +4,7 @@ import gc
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from dissonance.feedback.web.settings import LabelSettings
 
 _BACKLOG = 1024
 _LAST_PORT = 65_535
+_SWITCH_SECONDS = 0.0002
 
 
 def serve(
@@ -59,6 +61,8 @@ def serve(
         # What the libraries made on loading stays: walking over it in every full collection would hold up requests.
         gc.collect()
         gc.freeze()
+        # A thread comes back from the database many times for an answer, and each time would wait for others this long.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         with _ended_by_signals(server):
             server.run([listener])
 

@@ -2,19 +2,22 @@
 
 import hmac
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Unpack
 
 from fastapi import Depends, HTTPException, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from jinja2 import Environment, FileSystemLoader
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import HTMLResponse
 
 from dissonance.errors import DataError
 from dissonance.feedback.access import person_of_session, person_of_token
+from dissonance.feedback.answers import Said
 from dissonance.feedback.schema import labels
 from dissonance.feedback.store import Lease, Person, Store
 from dissonance.feedback.web.forms import fields_of
@@ -100,17 +103,41 @@ class Site:
             raise HTTPException(404, f"there is no question {query_id!r} of yours: load the page again")
         return question
 
-    def record(self, person: Person, question: Question, answer: Answer, key: str, **said: Any) -> Label:
+    def record(self, person: Person, question: Question, answer: Answer, key: str, **said: Unpack[Said]) -> Label:
         """Store an answer; 409 where the key was used for another."""
-        try:
+        with self._conflict_of_keys(person, key):
             return self.store.record(person.annotator_id, question.query_id, answer, key=key, **said)
+
+    def record_and_lease(
+        self, person: Person, question: Question, answer: Answer, key: str, **said: Unpack[Said]
+    ) -> Lease | None:
+        """Store an answer, and give the next question; 409 where the key was used for another."""
+        with self._conflict_of_keys(person, key):
+            _, lease = self.store.record_and_lease(
+                person.annotator_id,
+                question.query_id,
+                answer,
+                key=key,
+                lease_seconds=self.settings.lease_seconds,
+                gold_every=self.settings.gold_every,
+                **said,
+            )
+        return lease
+
+    @contextmanager
+    def _conflict_of_keys(self, person: Person, key: str) -> Iterator[None]:
+        try:
+            yield
         except DataError as error:
-            with self.store.reading() as connection:
-                mine = (labels.c.annotator_id == person.annotator_id, labels.c.key == key)
-                used = connection.scalar(select(labels.c.label_id).where(*mine))
-            if used is None:
+            used = self.store.rows(_LABEL_OF_KEY, {"me": person.annotator_id, "key": key})
+            if not used:
                 raise
             raise HTTPException(409, str(error)) from error
+
+
+_LABEL_OF_KEY = select(labels.c.label_id).where(
+    labels.c.annotator_id == bindparam("me"), labels.c.key == bindparam("key")
+)
 
 
 async def get_site(request: Request) -> Site:
