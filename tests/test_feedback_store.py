@@ -357,6 +357,35 @@ def test_a_key_sent_again_with_anything_else_is_refused(store, ann, other):
     assert store.labels(current=False) == [first]
 
 
+def test_an_answer_and_the_next_question_come_together(store, ann):
+    store.add_questions(numbered(2))
+    first = store.lease(ann, gold_every=0)
+    label, second = store.record_and_lease(ann, "q00", FIRST, key="k", shown=first.shown, note="this", gold_every=0)
+    assert (label.shown, label.note) == (first.shown, "this")
+    assert store.labels() == [label]
+    assert second == store.lease(ann, gold_every=0)
+    assert second.question.query_id == "q01"
+    # Sent again, it is stored once, and the question that was given is given again.
+    again = {"key": "k", "shown": first.shown, "note": "this", "gold_every": 0}
+    assert store.record_and_lease(ann, "q00", FIRST, **again) == (label, second)
+    assert store.record_and_lease(ann, "q01", SECOND, key="k2", gold_every=0)[1] is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"query_id": "q09"}, {"answer": Answer(rating=3)}, {"gold_every": -1}, {"lease_seconds": 0.0}, {"shown": (1, 9)}],
+    ids=str,
+)
+def test_an_answer_that_is_refused_brings_no_question(store, ann, wrong):
+    store.add_questions(numbered(2))
+    said = {"annotator_id": ann, "query_id": "q00", "answer": FIRST, "key": "k"}
+    with pytest.raises(DataError):
+        store.record_and_lease(**said | wrong)
+    with store.reading() as connection:
+        assert connection.execute(select(leases)).all() == []
+    assert store.labels() == []
+
+
 def test_nobody_takes_another_ones_key(store, ann, bob):
     store.add_questions(numbered(2), overlap=2)
     one, other = say(store, ann, "q00", key="k"), say(store, bob, "q01", SECOND, key="k")
