@@ -157,7 +157,9 @@ def adjudicate(
     if form.query_id != query_id:
         raise HTTPException(422, f"the form is about query {form.query_id!r}, the address about {query_id!r}")
     question = site.question_for(lead.person, query_id)
-    site.record(lead.person, question, answer_of(form, question), form.key, adjudicated=True, **_said(form))
+    said = _said(form)
+    said["adjudicated"] = True
+    site.record(lead.person, question, answer_of(form, question), form.key, **said)
     if "hx-request" in request.headers:
         return Response(status_code=204, headers={"HX-Redirect": "/overview"})
     return RedirectResponse("/overview", 303)
