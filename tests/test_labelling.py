@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ from pyarrow.parquet import read_table
 
 from dissonance.cli import run
 from dissonance.feedback import questions
+from dissonance.feedback.snapshot import copied
 from dissonance.feedback.store import Store
+from dissonance.labelling import Check, Ready, label
 from dissonance.records import Answer
 from dissonance.run_labels import labels_of
 
@@ -307,6 +312,24 @@ def test_a_command_reads_the_texts_of_a_round_at_most_once(
     assert read.count("queries.parquet") == (1 if command[0] == "status" else reads)
 
 
+def test_asking_people_and_checking_a_judge_reads_a_round_once(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select()
+    output(capsys, *GOLD)
+    read: list[str] = []
+    monkeypatch.setattr(questions.pq, "read_table", lambda path, **o: read.append(path.name) or read_table(path, **o))
+    told: list[Ready] = []
+
+    def ready(found: Ready) -> None:
+        told.append(found)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    label(folder, port=0, check=Check("gold", 3), ready=ready)
+    assert told[0].notes == ("3 queries that gold answered are open to people",)
+    assert read.count("completions.parquet") == 1
+
+
 # -- a run folder that cannot be written -------------------------------------------------------------------------------
 
 
@@ -389,6 +412,36 @@ def test_a_run_folder_that_cannot_be_written_can_be_read(
     assert Path("a.jsonl").read_bytes() == Path("b.jsonl").read_bytes()
     assert Path("a.csv").read_bytes() == Path("b.csv").read_bytes()
     assert Path("a/pairwise.json").read_bytes() == Path("b/pairwise.json").read_bytes()
+
+
+def test_a_copy_is_of_one_moment_while_others_write(tmp_path: Path) -> None:
+    """A copy that took the database before a checkpoint and the log after it would have gaps."""
+    path, done, written = tmp_path / "busy.db", threading.Event(), [0]
+
+    def write() -> None:
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA wal_autocheckpoint=3")
+            connection.execute("CREATE TABLE numbers (n INTEGER, filling TEXT)")
+            while not done.is_set():
+                connection.execute("INSERT INTO numbers VALUES (?, ?)", (written[0] + 1, "x" * 3000))
+                connection.commit()
+                written[0] += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        while not written[0]:
+            time.sleep(0.01)
+        for _ in range(40):
+            least = written[0]
+            with copied(path) as copy, closing(sqlite3.connect(copy)) as connection:
+                assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+                count, highest = connection.execute("SELECT count(*), max(n) FROM numbers").fetchone()
+                assert count == highest >= least
+    finally:
+        done.set()
+        writer.join()
 
 
 def test_a_protected_run_of_which_nothing_was_asked_can_be_read(folder: Path, bound: list[str]) -> None:
