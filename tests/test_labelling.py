@@ -7,8 +7,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -19,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow.parquet import read_table
 
+from dissonance import labelling
 from dissonance.cli import run
 from dissonance.feedback import questions
 from dissonance.feedback.snapshot import copied
 from dissonance.feedback.store import Store
-from dissonance.labelling import Check, Ready, label
 from dissonance.records import Answer
 from dissonance.run_labels import labels_of
 
@@ -319,13 +317,13 @@ def test_asking_people_and_checking_a_judge_reads_a_round_once(
     output(capsys, *GOLD)
     read: list[str] = []
     monkeypatch.setattr(questions.pq, "read_table", lambda path, **o: read.append(path.name) or read_table(path, **o))
-    told: list[Ready] = []
+    told: list[labelling.Ready] = []
 
-    def ready(found: Ready) -> None:
+    def ready(found: labelling.Ready) -> None:
         told.append(found)
         os.kill(os.getpid(), signal.SIGINT)
 
-    label(folder, port=0, check=Check("gold", 3), ready=ready)
+    labelling.label(folder, port=0, check=labelling.Check("gold", 3), ready=ready)
     assert told[0].notes == ("3 queries that gold answered are open to people",)
     assert read.count("completions.parquet") == 1
 
@@ -414,34 +412,35 @@ def test_a_run_folder_that_cannot_be_written_can_be_read(
     assert Path("a/pairwise.json").read_bytes() == Path("b/pairwise.json").read_bytes()
 
 
+BUSY = """
+import itertools, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+for pragma in ("journal_mode=WAL", "synchronous=OFF", "wal_autocheckpoint=3"):
+    connection.execute("PRAGMA " + pragma)
+connection.execute("CREATE TABLE numbers (n INTEGER, filling TEXT)")
+for n in itertools.count(1):
+    connection.execute("INSERT INTO numbers VALUES (?, ?)", (n, "x" * (10_000_000 if n == 1 else 3000)))
+    if n == 1:
+        print("busy", flush=True)
+"""
+
+
 def test_a_copy_is_of_one_moment_while_others_write(tmp_path: Path) -> None:
-    """A copy that took the database before a checkpoint and the log after it would have gaps."""
-    path, done, written = tmp_path / "busy.db", threading.Event(), [0]
-
-    def write() -> None:
-        with closing(sqlite3.connect(path)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA wal_autocheckpoint=3")
-            connection.execute("CREATE TABLE numbers (n INTEGER, filling TEXT)")
-            while not done.is_set():
-                connection.execute("INSERT INTO numbers VALUES (?, ?)", (written[0] + 1, "x" * 3000))
-                connection.commit()
-                written[0] += 1
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        while not written[0]:
-            time.sleep(0.01)
-        for _ in range(40):
-            least = written[0]
-            with copied(path) as copy, closing(sqlite3.connect(copy)) as connection:
-                assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-                count, highest = connection.execute("SELECT count(*), max(n) FROM numbers").fetchone()
-                assert count == highest >= least
-    finally:
-        done.set()
-        writer.join()
+    """A copy of the database before a checkpoint, and of its log after it, would have gaps."""
+    path = tmp_path / "busy.db"
+    with subprocess.Popen([sys.executable, "-c", BUSY, str(path)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"busy\n"
+        try:
+            for _ in range(5):
+                with closing(sqlite3.connect(path)) as connection:
+                    (least,) = connection.execute("SELECT max(n) FROM numbers").fetchone()
+                with copied(path) as copy, closing(sqlite3.connect(copy)) as connection:
+                    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+                    count, highest = connection.execute("SELECT count(*), max(n) FROM numbers").fetchone()
+                    assert count == highest >= least
+        finally:
+            writer.kill()
 
 
 def test_a_protected_run_of_which_nothing_was_asked_can_be_read(folder: Path, bound: list[str]) -> None:
