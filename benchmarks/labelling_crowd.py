@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
@@ -35,12 +35,13 @@ def name_of(number: int) -> str:
 
 @dataclass(frozen=True)
 class Sent:
-    """An answer as it was sent, in the terms in which the store keeps it."""
+    """An answer as it was sent, in the terms of the page."""
 
     annotator: str
-    query_id: str
+    question: str
+    """What the page called it: the id of the lease."""
     answer: Answer
-    shown: tuple[int, ...]
+    """In terms of what stood left and right."""
     note: str
     flagged: bool
 
@@ -143,29 +144,27 @@ def read_form(page: str) -> dict[str, str] | None:
     kind = _KIND.search(page)
     if kind is None:
         return None
-    return {name: html.unescape(value) for name, value in _FIELD.findall(page)} | {"kind": kind[1]}
+    fields = {name: html.unescape(value) for name, value in _FIELD.findall(page)}
+    return fields | {"kind": kind[1], "options": str(page.count("data-option="))}
 
 
 def make_answer(name: str, question: dict[str, str], rng: random.Random) -> tuple[dict[str, str], Sent]:
     """Some answer: what the form sends, and what the store must then hold."""
-    shown = tuple(int(part) for part in question["shown"].split(","))
-    fields = {field: question[field] for field in ("csrf", "key", "query_id", "shown")}
+    fields = {field: question[field] for field in ("csrf", "key", "question")}
     fields["seconds"] = f"{rng.uniform(1, 9):.3f}"
     note = f"a note & <b>{rng.random()}</b>\nof two lines" if rng.random() < 0.1 else ""
     flagged = rng.random() < 0.05
-    said, answer = _say(question["kind"], shown, rng)
+    said, answer = _say(question["kind"], int(question["options"]), rng)
     fields |= said | ({"note": note.replace("\n", "\r\n")} if note else {}) | ({"flagged": "on"} if flagged else {})
-    return fields, Sent(name, question["query_id"], answer, shown, note, flagged)
+    return fields, Sent(name, question["question"], answer, note, flagged)
 
 
-def _say(kind: str, shown: tuple[int, ...], rng: random.Random) -> tuple[dict[str, str], Answer]:
+def _say(kind: str, options: int, rng: random.Random) -> tuple[dict[str, str], Answer]:
     skip = rng.random() < 0.02
     if kind == "pairwise":
-        # make_questions gives every question its completion_ids in ascending order.
-        in_order = shown[0] < shown[1]
         said = {
-            "left": Answer("first" if in_order else "second"),
-            "right": Answer("second" if in_order else "first"),
+            "left": Answer("first"),
+            "right": Answer("second"),
             "tie": Answer("tie"),
             "both_bad": Answer("both_bad"),
         }
@@ -176,9 +175,8 @@ def _say(kind: str, shown: tuple[int, ...], rng: random.Random) -> tuple[dict[st
         if skip:
             return {"rating": "skip"}, Answer()
         return {"rating": str(rating), "safe": "yes" if safe else "no"}, Answer(rating=rating, safe=safe)
-    ranks = [rng.randint(1, len(shown)) for _ in shown]
-    by_id = dict(zip(shown, ranks, strict=True))
-    answer = Answer() if skip else Answer(ranks=tuple(by_id[i] for i in sorted(shown)))
+    ranks = [rng.randint(1, options) for _ in range(options)]
+    answer = Answer() if skip else Answer(ranks=tuple(ranks))
     return {"ranks": "skip" if skip else ",".join(map(str, ranks))}, answer
 
 
@@ -303,23 +301,39 @@ class Findings:
 def check(store: Store, ledger: Ledger, overlap: int, *, finished: bool) -> Findings:
     """Compare a store with what was sent to it; `finished`: everybody was told that nothing is left."""
     labels, gold = store.labels(current=False), store.gold()
-    asked = [question.query_id for question in store.questions() if question.query_id not in gold]
+    ordered = {question.query_id: question.completion_ids for question in store.questions()}
+    asked = [query_id for query_id in ordered if query_id not in gold]
     ran_out = select(leases.c.query_id, func.count().label("leases")).group_by(leases.c.query_id)
     ran_out = ran_out.where(leases.c.expires_at < func.coalesce(leases.c.closed_at, store.now()))
     with store.reading() as connection:
+        given = {row.lease_id: (row.query_id, tuple(row.shown)) for row in connection.execute(select(leases))}
         expired = {row.query_id: row.leases for row in connection.execute(ran_out)}
         ids = {key: i for i, key in connection.execute(select(label_rows.c.label_id, label_rows.c.key))}
         sqlite = connection.dialect.name == "sqlite"
         sound = not sqlite or connection.scalar(text("PRAGMA integrity_check")) == "ok"
-    held = {m.label_id: Sent(m.annotator, m.query_id, m.answer, m.shown, m.note, m.flagged) for m in labels}
+    held = {m.label_id: (m.annotator, m.query_id, m.answer, m.shown, m.note, m.flagged) for m in labels}
+    sent = {key: _as_stored(said, *given[said.question], ordered) for key, said in ledger.sent.items()}
     pairs = Counter((label.query_id, label.annotator) for label in labels)
     answers = Counter(label.query_id for label in labels if not label.answer.skipped)
     return Findings(
         lost=len(set(ledger.acknowledged) - set(ids)),
         doubled=sum(count - 1 for count in pairs.values()),
-        altered=sum(held[ids[key]] != sent for key, sent in ledger.sent.items() if key in ids),
-        unknown=len(set(ids) - set(ledger.sent)),
+        altered=sum(held[ids[key]] != said for key, said in sent.items() if key in ids),
+        unknown=len(set(ids) - set(sent)),
         too_many=sum(max(0, answers[query_id] - overlap - expired.get(query_id, 0)) for query_id in asked),
         left_behind=sum(max(0, overlap - answers[query_id]) for query_id in asked) if finished else 0,
         damaged=int(not sound),
     )
+
+
+def _as_stored(
+    said: Sent, query_id: str, shown: tuple[int, ...], ordered: Mapping[str, tuple[int, ...]]
+) -> tuple[str, str, Answer, tuple[int, ...], str, bool]:
+    """An answer in the terms in which the store must hold it."""
+    answer = said.answer
+    if answer.choice in {"first", "second"} and shown != ordered[query_id]:
+        answer = Answer("second" if answer.choice == "first" else "first")
+    if answer.ranks is not None:
+        by_id = dict(zip(shown, answer.ranks, strict=True))
+        answer = Answer(ranks=tuple(by_id[i] for i in ordered[query_id]))
+    return said.annotator, query_id, answer, shown, said.note, said.flagged

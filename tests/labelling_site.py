@@ -26,6 +26,7 @@ from dissonance.feedback.store import Store
 from dissonance.feedback.web.app import create_app
 from dissonance.feedback.web.settings import LabelSettings
 from dissonance.records import Message, QueryKind, Question
+from web_clients import given
 
 RUN_ID = "a run"
 PLENTY = LabelSettings(gold_every=0)
@@ -209,29 +210,54 @@ class Visit:
         self.page.goto(self.site.url + path)
         return self.page
 
-    def question(self, query_id: str | None = None) -> None:
+    def question(self, query_id: str | None = None, *, seconds: float = 10) -> None:
         """Wait until a question takes answers; that of `query_id`, where it is given."""
-        chosen = "#question[data-state=ready]"
-        self.wait(chosen + (f'[data-query="{query_id}"]' if query_id else ""))
+        seen: list[str] = []
+        while True:
+            seen.append(self._handle(seen, "null", seconds))
+            if query_id in {None, self._given(seen[-1])[0]}:
+                return
 
     def next_question(self, before: str) -> str:
         """Wait for another question than `before`, or for the end; the id of the question."""
-        self.wait(f'#question[data-state=ready]:not([data-query="{before}"]), #done')
-        return self.query_id()
+        seen: list[str] = []
+        while True:
+            seen.append(self._handle(seen, "document.querySelector('#done') && 'done'"))
+            query_id = "" if seen[-1] == "done" else self._given(seen[-1])[0]
+            if query_id != before:
+                return query_id
+
+    def _handle(self, seen: list[str], otherwise: str, seconds: float = 10) -> str:
+        """What the page calls the question that takes answers, once it is one that was not seen."""
+        look = f"""(seen) => {{
+          const handle = document.querySelector("#question[data-state=ready] [name=question]")?.value ?? ({otherwise});
+          return seen.includes(handle) ? null : handle;
+        }}"""
+        found: str = self.page.wait_for_function(look, arg=seen, timeout=1000 * seconds).json_value()
+        return found
+
+    def _given(self, handle: str) -> tuple[str, tuple[int, ...]]:
+        if isinstance(self.site, Site):
+            return given(self.site.store, handle)
+        with Store.open(self.site.path, RUN_ID) as store:
+            return given(store, handle)
 
     def wait(self, selector: str) -> None:
         """Wait for an element, frame by frame: `wait_for_selector` looks twice a second only, after its first tries."""
         self.page.wait_for_function("(selector) => document.querySelector(selector) !== null", arg=selector)
 
+    def handle(self) -> str:
+        """What the page calls its question; empty where there is none."""
+        return self.page.evaluate("document.querySelector('#question [name=question]')?.value ?? ''")
+
     def query_id(self) -> str:
         """The question on the page; empty where there is none."""
-        return self.page.evaluate("document.querySelector('#question')?.dataset.query ?? ''")
+        handle = self.handle()
+        return self._given(handle)[0] if handle else ""
 
     def shown(self) -> list[int]:
         """The completion_ids on the page, from left to right."""
-        return [
-            int(i) for i in self.page.locator("#question .card").evaluate_all("cards => cards.map(c => c.dataset.id)")
-        ]
+        return list(self._given(self.handle())[1])
 
     def check(self) -> None:
         """Fail where anything went wrong that was not meant to."""

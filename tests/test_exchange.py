@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dissonance.errors import DataError, SettingsError
 from dissonance.feedback.aggregate import PreferencePair
+from dissonance.feedback.blind import blind_order
 from dissonance.feedback.exchange import (
     FORMATS,
     import_labels,
@@ -22,7 +23,7 @@ from dissonance.feedback.exchange import (
     write_label_studio,
     write_preferences,
 )
-from dissonance.feedback.exchange.asked import Asked, blind_order
+from dissonance.feedback.exchange.asked import Asked
 from dissonance.feedback.exchange.reading import read_rows
 from dissonance.feedback.exchange.tables import parse_csv_row
 from dissonance.feedback.store import Store

@@ -24,7 +24,7 @@ from dissonance.feedback.schema import events
 from dissonance.feedback.store import Store
 from dissonance.feedback.web.security import BODY_BYTES, SIGN_IN_FAILURES
 from dissonance.feedback.web.settings import LabelSettings
-from web_clients import LOGIN, URL, ask, client_of, fields, signed_in, store_of
+from web_clients import LOGIN, URL, ask, client_of, fields, given, signed_in, store_of
 
 DAY = 24 * 3600.0
 
@@ -180,6 +180,7 @@ FOR_ANNOTATORS = {
     ("GET", "/"),
     ("GET", "/question"),
     ("GET", "/question/previous"),
+    ("GET", "/question/differences"),
     ("POST", "/answers"),
     ("POST", "/leave"),
     ("GET", "/api/question"),
@@ -285,11 +286,24 @@ def test_an_annotator_answers_only_what_was_given_and_sees_no_answer_of_others(s
     form = fields(lead.get("/").text)
     assert lead.post("/answers", data=form | {"choice": "left", "note": "the lead's own words"}).status_code == 200
     mine = fields(ann.get("/").text)
-    assert mine["query_id"] == "q1"
-    other = mine | {"query_id": "q2", "choice": "left"}
-    refused = ann.post("/answers", data=other)
-    assert refused.status_code == 404
-    assert ann.post("/answers", data=other | {"query_id": "no such"}).text == refused.text.replace("q2", "no such")
+    assert given(store, mine["question"])[0] == "q1"
+    (label,) = store.labels()
+    # The lead's own question, though it is about the same query; the lead's answer; what only leads may name so.
+    for handle in (
+        form["question"],
+        f"label:{label.label_id}",
+        "query:q1",
+        "query:q2",
+        "q1",
+        "q2",
+        "label:",
+        "label:x",
+    ):
+        refused = ann.post("/answers", data=mine | {"question": handle, "choice": "left"})
+        nothing = ann.post("/answers", data=mine | {"question": "no such", "choice": "left"})
+        assert (refused.status_code, refused.text) == (404, nothing.text.replace("no such", handle))
+        assert ann.get("/question/differences", params={"question": handle}).status_code == 404
+    assert ann.get("/question/differences", params={"question": mine["question"]}).status_code == 200
     assert {label.annotator for label in store.labels()} == {"lea"}
     for path in ("/", "/question", "/question/previous", "/api/question", "/api/progress"):
         assert "the lead's own words" not in ann.get(path).text

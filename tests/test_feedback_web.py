@@ -1,5 +1,6 @@
 """The labelling server: what is shown, what is stored, and how texts that others wrote are made harmless."""
 
+import itertools
 import json
 import re
 import socket
@@ -7,31 +8,39 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, settings
+from hypothesis import given as drawing
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from dissonance.errors import DataError, SettingsError
 from dissonance.feedback.access import invite
+from dissonance.feedback.blind import blind_order
 from dissonance.feedback.store import Store
 from dissonance.feedback.web.forms import AnswerForm, answer_of, fields_of
 from dissonance.feedback.web.markdown import MAX_CHARACTERS, MAX_MARKS, render_markdown, visible
 from dissonance.feedback.web.serve import serve
 from dissonance.feedback.web.settings import LabelSettings
-from dissonance.feedback.web.views import is_long, word_difference
+from dissonance.feedback.web.views import differences, is_long
 from dissonance.records import Answer, Message, Question
-from web_clients import LOGIN, ask, client_of, fields, signed_in, store_of
+from web_clients import LOGIN, ask, client_of, fields, given, signed_in, store_of
 
 
 def current(client: TestClient) -> dict[str, str]:
     return fields(client.get("/question").text)
+
+
+def given_as(store: Store, form: dict[str, str]) -> tuple[str, tuple[int, ...]]:
+    """The query that a form is about, and the completion_ids from left to right."""
+    return given(store, form["question"])
 
 
 def say(client: TestClient, form: dict[str, str], **answer: str) -> str:
@@ -50,9 +59,9 @@ def test_left_and_right_are_what_was_shown(tmp_path: Path) -> None:
         meant = {}
         for i in range(30):
             form = current(client)
-            left, right = map(int, form["shown"].split(","))
+            query_id, (left, right) = given_as(store, form)
             assert {left, right} == {5, 6}
-            meant[form["query_id"]] = left if i % 2 else right
+            meant[query_id] = left if i % 2 else right
             say(client, form, choice="left" if i % 2 else "right", seconds="1.5")
         stored = {label.query_id: label for label in store.labels()}
         assert {label.shown for label in stored.values()} == {(5, 6), (6, 5)}
@@ -85,8 +94,8 @@ def test_ratings_and_rankings(tmp_path: Path) -> None:
         say(client, current(client), rating="4", safe="no")
         say(client, current(client), rating="skip", safe="")
         form = current(client)
-        shown = form["shown"].split(",")
-        say(client, form, ranks=",".join({"6": "1", "5": "2", "4": "2", "3": "4"}[i] for i in shown))
+        _, shown = given_as(store, form)
+        say(client, form, ranks=",".join({6: "1", 5: "2", 4: "2", 3: "4"}[i] for i in shown))
         assert [label.answer for label in store.labels()] == [
             Answer(rating=4, safe=False),
             Answer(),
@@ -99,7 +108,8 @@ def test_an_answer_sent_again_is_stored_once(tmp_path: Path) -> None:
         client = client_of(store)
         form = current(client)
         first, again = say(client, form, choice="left"), say(client, form, choice="left")
-        assert fields(first)["query_id"] == fields(again)["query_id"] == "q2"
+        assert given_as(store, fields(first)) == given_as(store, fields(again))
+        assert given_as(store, fields(first))[0] == "q2"
         assert len(store.labels(current=False)) == 1
         other = client.post("/answers", data=form | {"choice": "tie"})
         assert other.status_code == 409
@@ -113,9 +123,9 @@ def test_undo_goes_back_answer_by_answer_and_corrects(tmp_path: Path) -> None:
         assert client.get("/question/previous").status_code == 404
         for choice in ("left", "tie", "skip"):
             say(client, current(client), choice=choice, note=f"I said {choice}", flagged="on")
-        held = current(client)["query_id"]
+        held = current(client)["question"]
         page = client.get("/question/previous").text
-        assert fields(page)["query_id"] == "q2"
+        assert given_as(store, fields(page))[0] == "q2"
         before = re.search(r"/question/previous\?before=(\d+)", page)
         assert before is not None
         page = client.get(f"/question/previous?before={before[1]}").text
@@ -127,12 +137,12 @@ def test_undo_goes_back_answer_by_answer_and_corrects(tmp_path: Path) -> None:
         assert "data-chosen" in tie[0]
         corrected = fields(page)
         after = say(client, corrected, choice="both_bad")
-        assert fields(after)["query_id"] == held
+        assert fields(after)["question"] == held
         labels = store.labels(current=False)
         assert [label.query_id for label in labels] == ["q0", "q1", "q2", "q1"]
         assert labels[-1].supersedes == labels[1].label_id
         assert labels[-1].answer == Answer("both_bad")
-        assert corrected["shown"] == ",".join(map(str, labels[1].shown))
+        assert labels[-1].shown == labels[1].shown
         first = labels[0].label_id
         assert client.get(f"/question/previous?before={first}").status_code == 404
 
@@ -140,11 +150,6 @@ def test_undo_goes_back_answer_by_answer_and_corrects(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "status", "says"),
     [
-        ({"shown": "6,6"}, 422, "shows completions [6, 5], not [6, 6]"),
-        ({"shown": "6"}, 422, "not [6]"),
-        ({"shown": "6,5,4"}, 422, "not [6, 5, 4]"),
-        ({"shown": "6;5"}, 422, "shown"),
-        ({"shown": ""}, 422, "shown"),
         ({"choice": "A"}, 422, "choice"),
         ({"choice": ""}, 422, "gives no answer"),
         ({"rating": "3"}, 422, "gives both choice and rating"),
@@ -161,8 +166,11 @@ def test_undo_goes_back_answer_by_answer_and_corrects(tmp_path: Path) -> None:
         ({"key": "k" * 65}, 422, "key"),
         ({"key": "a b"}, 422, "key"),
         ({"note": "x" * 20_001}, 422, "note"),
-        ({"query_id": "q9"}, 404, "no question 'q9'"),
-        ({"query_id": ""}, 422, "query_id"),
+        ({"question": "q9"}, 404, "no question 'q9'"),
+        ({"question": "query:q9"}, 404, "no question 'query:q9'"),
+        ({"question": "label:1"}, 404, "no question 'label:1'"),
+        ({"question": "label:99999999999999999999"}, 404, "no question 'label:9"),
+        ({"question": ""}, 422, "question"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(
@@ -174,6 +182,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(
         reply = client.post("/answers", data=form, headers={"HX-Request": "true"})
         assert (reply.status_code, says in reply.text) == (status, True), reply.text
         assert "\n" not in reply.text
+        assert "q1" not in reply.text
         assert store.labels() == []
 
 
@@ -200,14 +209,14 @@ def answers(draw: st.DrawFn) -> tuple[Question, tuple[int, ...], Answer]:
     return question, tuple(draw(st.permutations(ids))), draw(st.just(Answer()) | forms[kind])
 
 
-@given(answers())
+@drawing(answers())
 def test_the_form_says_what_the_answer_says_in_any_order_shown(
     drawn: tuple[Question, tuple[int, ...], Answer],
 ) -> None:
     question, shown, answer = drawn
     values = fields_of(answer, question, shown)
-    form = AnswerForm(query_id="q", key="k", shown=",".join(map(str, shown)), **dict(values))
-    assert answer_of(form, question) == answer
+    form = AnswerForm(question="q", key="k", **dict(values))
+    assert answer_of(form, question, shown) == answer
 
 
 def test_ranks_follow_their_completions() -> None:
@@ -215,15 +224,14 @@ def test_ranks_follow_their_completions() -> None:
     best_first = {7: "1", 3: "2", 1: "3"}
     for shown in permutations((3, 1, 7)):
         ranks = ",".join(best_first[i] for i in shown)
-        form = AnswerForm(query_id="q", key="k", shown=",".join(map(str, shown)), ranks=ranks)
-        assert answer_of(form, question) == Answer(ranks=(2, 3, 1))
+        form = AnswerForm(question="q", key="k", ranks=ranks)
+        assert answer_of(form, question, shown) == Answer(ranks=(2, 3, 1))
 
 
 def test_a_form_of_numbers_without_end_is_refused() -> None:
-    for name in ("shown", "ranks"):
-        for value in ("1" * 10, ",".join("1" * 101), "1,,2", "-1,2", "1,2,", "١,٢"):
-            with pytest.raises((ValidationError, DataError)):
-                answer_of(AnswerForm(**{"query_id": "q", "key": "k", "shown": "6,5"} | {name: value}), ask("q"))
+    for ranks in ("1" * 10, ",".join("1" * 101), "1,,2", "-1,2", "1,2,", "١,٢"):
+        with pytest.raises((ValidationError, DataError)):
+            answer_of(AnswerForm(question="q", key="k", ranks=ranks), ask("q"), (6, 5))
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------
@@ -237,6 +245,60 @@ def test_the_page_tells_nothing_that_could_sway(tmp_path: Path) -> None:
             text = client.get(path).text
             for hidden in ("prompt of", "a category", "known", "reward", "logprob"):
                 assert hidden not in text, (path, hidden)
+
+
+@pytest.mark.parametrize("n_gold", [3, 40])
+def test_nothing_on_the_page_tells_a_gold_question_from_another(tmp_path: Path, n_gold: int) -> None:
+    settings = LabelSettings(login_required=True, gold_every=4)
+    clock = itertools.count(1_000_000, 10)
+    with store_of(tmp_path, *[ask(f"real{i}") for i in range(30)], now=lambda: next(clock)) as store:
+        gold = [replace(ask(f"gold{i}"), completion_ids=(0, 1)) for i in range(n_gold)]
+        store.add_gold([(question, Answer("first"), "") for question in gold])
+        ann = signed_in(store, "ann", settings=settings)
+        pages, left, seen = set(), [], []
+        while "All done" not in (page := ann.get("/question").text):
+            form = fields(page)
+            seen.append(given_as(store, form)[0])
+            left.append(ann.get("/api/progress").json()["left"])
+            back = ann.get("/question/previous").text if len(seen) > 5 else ""
+            for text in (page, back):
+                for told in (*(q.query_id for q in store.questions()), "1,0", "0,1", "6,5", "5,6"):
+                    assert not re.search(rf"\b{told}\b", re.sub(r"text . of \w+<", "", text)), told
+            if len(seen) > 5:  # by then there is something to go back to, and a pace
+                for value in form.values():
+                    page, back = page.replace(value, "_"), back.replace(value, "_")
+                pages.add(re.sub(r'of (real|gold)|label:|key" value="\w+|\d+', "", page + back))
+            refused = ann.post("/answers", data=form | {"rating": "3"}).text
+            assert seen[-1] not in refused
+            say(ann, form, choice=("left", "skip")[len(seen) % 2])
+        assert sum(query_id.startswith("gold") for query_id in seen) >= min(n_gold, 9)
+        assert left == list(range(len(seen), 0, -1))
+        assert ann.get("/api/progress").json()["left"] == 0
+        assert len(pages) == 2  # after an answer and after a skip, which is filled in when going back
+
+
+def test_the_page_tells_nothing_of_the_run(tmp_path: Path) -> None:
+    """Places of gold questions are drawn from the run's id."""
+    with store_of(tmp_path) as store:
+        assert "a run" not in client_of(store).get("/").text
+
+
+def test_a_lead_settles_in_an_order_that_tells_nothing(tmp_path: Path) -> None:
+    questions = [ask(f"q{i}") for i in range(16)]
+    with store_of(tmp_path, *questions) as store:
+        lead = signed_in(store, "lea", "lead")
+        likelier_first = set()
+        for question in questions:
+            address = f"/overview/queries/{question.query_id}"
+            page = lead.get(address).text
+            shown = tuple(6 - int(i) for i in re.findall(r'<div class="raw">text (\d) of', page))
+            assert shown == blind_order(question)
+            likelier_first.add(shown == question.completion_ids)
+            assert lead.post(address, data=fields(page) | {"choice": "right"}).status_code == 303
+            (label,) = store.labels(query_id=question.query_id)
+            assert label.shown == shown
+            assert label.answer == Answer("first" if shown[1] == 6 else "second")
+        assert likelier_first == {True, False}
 
 
 def test_guidelines_are_shown_as_harmless_markdown(tmp_path: Path) -> None:
@@ -261,7 +323,6 @@ def test_a_lead_settles_a_disagreement(tmp_path: Path) -> None:
         assert shown.status_code == 200
         assert "ann" in shown.text
         form = fields(shown.text)
-        assert form["shown"] == "6,5"
         wrong = lead.post("/overview/queries/other", data=form | {"choice": "left"})
         assert wrong.status_code == 422
         done = lead.post(address[1], data=form | {"choice": "left"})
@@ -269,29 +330,39 @@ def test_a_lead_settles_a_disagreement(tmp_path: Path) -> None:
         part = lead.post(address[1], data=form | {"choice": "left"}, headers={"HX-Request": "true"})
         assert (part.status_code, part.headers["HX-Redirect"]) == (204, "/overview")
         settled = [label for label in store.labels() if label.adjudicated]
-        assert [(label.annotator, label.answer) for label in settled] == [("lea", Answer("first"))]
+        left = blind_order(ask("a/b?c#d é"))[0]
+        assert [(label.annotator, label.answer) for label in settled] == [
+            ("lea", Answer("first" if left == 6 else "second"))
+        ]
+        assert [label.shown for label in settled] == [blind_order(ask("a/b?c#d é"))]
         assert lead.get("/overview/queries/none").status_code == 404
 
 
-def test_the_api_answers_in_terms_of_completion_ids(tmp_path: Path) -> None:
+def test_the_api_answers_in_the_order_it_gives(tmp_path: Path) -> None:
     with store_of(tmp_path, ask("q1"), ask("k1", "ranking")) as store:
         client = client_of(store, LOGIN, invite(store, "ann"))
         asked = client.get("/api/question").json()
-        assert set(asked) == {
-            "query_id", "kind", "messages", "completion_ids", "completions", "shown", "expires_at",
-        }  # fmt: skip
+        assert set(asked) == {"question_id", "kind", "messages", "completions", "expires_at"}
         assert sorted(asked["completions"]) == ["text 0 of q1", "text 1 of q1"]
-        body = {"query_id": "q1", "key": "k", "answer": {"choice": "first"}, "shown": [5, 6], "note": "n", "seconds": 3}
+        body = {
+            "question_id": asked["question_id"],
+            "key": "k",
+            "answer": {"choice": "first"},
+            "note": "n",
+            "seconds": 3,
+        }
         reply = client.post("/api/answers", json=body)
         assert reply.status_code == 200
         assert reply.json()["answer"]["choice"] == "first"
+        (label,) = store.labels()
+        assert label.answer.choice == ("first" if asked["completions"][0] == "text 0 of q1" else "second")
         assert client.post("/api/answers", json=body).json() == reply.json()
         assert client.post("/api/answers", json=body | {"answer": {}}).status_code == 409
         corrected = client.post("/api/answers", json=body | {"answer": {}, "key": "k2"}).json()
         assert corrected["supersedes"] == reply.json()["label_id"]
         for change in (
-            {"shown": [5]},
-            {"shown": []},
+            {"question_id": ""},
+            {"shown": [5, 6]},
             {"answer": {"rating": 3}},
             {"answer": {"choice": "left"}},
             {"answer": {"rating": True}},
@@ -304,6 +375,7 @@ def test_the_api_answers_in_terms_of_completion_ids(tmp_path: Path) -> None:
             refused = client.post("/api/answers", content=text, headers={"Content-Type": "application/json"})
             assert refused.status_code == 422, change
             assert "\n" not in refused.json()["detail"]
+            assert "q1" not in refused.text
         assert (
             client.post("/api/answers", content=b"{", headers={"Content-Type": "application/json"}).status_code == 422
         )
@@ -317,19 +389,20 @@ def test_the_api_is_as_blind_as_the_page(tmp_path: Path) -> None:
         orders = set()
         for i in range(16):
             asked = client.get("/api/question").json()
-            assert asked["completion_ids"] == asked["shown"]
-            orders.add(tuple(asked["shown"]))
-            assert asked["completions"] == [f"text {6 - one} of {asked['query_id']}" for one in asked["shown"]]
+            query_id, shown = given(store, asked["question_id"])
+            orders.add(shown)
+            assert asked["completions"] == [f"text {6 - one} of {query_id}" for one in shown]
             good = [text.startswith(best[asked["kind"]]) for text in asked["completions"]]
             answer = (
                 {"choice": "first" if good[0] else "second"}
                 if asked["kind"] == "pairwise"
                 else {"ranks": [1 if one else 2 for one in good]}
             )
-            body = {"query_id": asked["query_id"], "key": f"k{i}", "answer": answer, "shown": asked["shown"]}
+            body = {"question_id": asked["question_id"], "key": f"k{i}", "answer": answer}
             reply = client.post("/api/answers", json=body).json()
             said = {name: value for name, value in reply["answer"].items() if value is not None}
-            assert (said, reply["shown"]) == (answer, asked["shown"])
+            assert (said, reply["question_id"]) == (answer, asked["question_id"])
+            assert query_id not in json.dumps([asked | {"completions": []}, reply])
         assert len(orders & {(5, 6), (6, 5)}) == 2
         assert len(orders) > 4
         assert {label.answer for label in store.labels()} == {Answer("first"), Answer(ranks=(2, 2, 1, 2))}
@@ -338,8 +411,8 @@ def test_the_api_is_as_blind_as_the_page(tmp_path: Path) -> None:
 def test_the_api_refuses_ranks_that_are_not_one_each(tmp_path: Path) -> None:
     with store_of(tmp_path, ask("k1", "ranking")) as store:
         client = client_of(store)
-        shown = client.get("/api/question").json()["shown"]
-        body = {"query_id": "k1", "key": "k", "answer": {"ranks": [1, 2, 3]}, "shown": shown}
+        asked = client.get("/api/question").json()
+        body = {"question_id": asked["question_id"], "key": "k", "answer": {"ranks": [1, 2, 3]}}
         reply = client.post("/api/answers", json=body)
         assert (reply.status_code, "ranks 4 completions" in reply.json()["detail"]) == (422, True)
 
@@ -443,10 +516,11 @@ PAYLOADS = [
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_no_markup_of_others_does_anything(payload: str) -> None:
     assert_harmless(render_markdown(payload))
-    assert_harmless(f"<p>{word_difference('', payload)}</p>".replace("<ins>", "<p>").replace("</ins>", "</p>"))
+    for text in compared("", payload):
+        assert_harmless(f"<p>{text}</p>".replace("<mark>", "<p>").replace("</mark>", "</p>"))
 
 
-@given(st.lists(st.sampled_from([*PAYLOADS, "\n", " ", "*", "[", "](", ")", "<", ">", "`", "|", "x"]), max_size=12))
+@drawing(st.lists(st.sampled_from([*PAYLOADS, "\n", " ", "*", "[", "](", ")", "<", ">", "`", "|", "x"]), max_size=12))
 @settings(max_examples=200)
 def test_no_mixture_of_markup_does_anything(parts: list[str]) -> None:
     assert_harmless(render_markdown("".join(parts)))
@@ -481,7 +555,7 @@ def test_what_deceives_the_eye_is_shown() -> None:
     html = render_markdown(text)
     for hidden in "\u202e\u2066\u2069\x00\x1b\x7f\x85":
         assert hidden not in html
-    assert "\u202e" not in str(word_difference("x", text))
+    assert "\u202e" not in "".join(map(str, compared("x", text)))
 
 
 WORDS = "alpha beta gamma"
@@ -540,28 +614,73 @@ def test_a_page_of_tangled_texts_comes(tmp_path: Path) -> None:
         assert say(client, current(client), choice="tie")
 
 
-@given(
-    st.lists(st.sampled_from(["a", "b", "the", "<b>", "&", "\n", " "]), max_size=30).map(" ".join),
-    st.lists(st.sampled_from(["a", "b", "the", "<b>", "&", "\n", " "]), max_size=30).map(" ".join),
-)
+def compared(*texts: str) -> tuple[str | None, ...]:
+    """What is shown of the differences of texts, which stand in this order."""
+    ids = tuple(range(len(texts)))
+    kind = "pairwise" if len(texts) == 2 else "ranking"
+    return differences(Question("q", "p", kind, (Message("user", "x"),), ids[::-1], texts[::-1]), ids)
+
+
+ANY_WORDS = st.lists(st.sampled_from(["a", "b", "the", "<b>", "&", "\n", " "]), max_size=30).map(" ".join)
+
+
+@drawing(ANY_WORDS, ANY_WORDS)
 @example("", "")
 @example("a", "a")
-def test_the_difference_holds_both_texts(old: str, new: str) -> None:
-    html = word_difference(old, new)
-    assert html is not None
-    without = {tag: re.sub(rf"<{tag}>.*?</{tag}>", "", html, flags=re.DOTALL) for tag in ("ins", "del")}
-    plain = {tag: re.sub("</?(ins|del)>", "", text) for tag, text in without.items()}
+@example("a b", "a\nb")
+def test_each_text_stands_there_whole_and_what_is_not_marked_is_in_both(left: str, right: str) -> None:
     unescape = {"&lt;": "<", "&gt;": ">", "&amp;": "&"}
-    texts = {tag: re.sub("&(lt|gt|amp);", lambda m: unescape[m[0]], text) for tag, text in plain.items()}
-    assert texts == {"ins": old, "del": new}
-    assert ("<ins>" in html or "<del>" in html) == (old != new)
+    plain, common, marks = [], [], []
+    for html in compared(left, right):
+        assert html is not None
+        without = re.sub("<mark>.*?</mark>", "", html, flags=re.DOTALL)
+        text, unmarked = (
+            re.sub("&(lt|gt|amp);", lambda m: unescape[m[0]], re.sub("</?mark>", "", one)) for one in (html, without)
+        )
+        plain.append(text)
+        common.append(unmarked.split())
+        marks.append("<mark>" in html)
+    assert plain == [left, right]
+    assert common[0] == common[1]
+    assert any(marks) == (left.split() != right.split())
+
+
+def test_both_sides_are_marked() -> None:
+    left, right = compared("Take one tablet daily, with water.", "Take two tablets, with a glass of water.")
+    assert left == "Take <mark>one tablet daily,</mark> with water."
+    assert right == "Take <mark>two tablets,</mark> with <mark>a glass of</mark> water."
+    # Each is compared with the first; in the first stands out what none of the others has.
+    assert compared("a b c", "a b", "a c d", "a b") == ("a b c", "a b", "a c <mark>d</mark>", "a b")
+    assert compared("a b c", "a c", "a d c") == ("a <mark>b</mark> c", "a c", "a <mark>d</mark> c")
+
+
+def test_differences_come_only_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ("Take one tablet.", "Take two tablets.")
+    with store_of(tmp_path, ask("q1", texts=texts)) as store:
+        client = client_of(store)
+
+        def fail(*_: object) -> None:
+            raise AssertionError("nobody has asked for differences")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("dissonance.feedback.web.pages.differences", fail)
+            patch.setattr("difflib.SequenceMatcher", fail)
+            page = client.get("/").text
+        form = fields(page)
+        _, shown = given_as(store, form)
+        part = client.get("/question/differences", params={"question": form["question"]}).text
+        marked = re.findall(r'<div class="diff" data-place="(\d)">(.*?)</div>', part)
+        in_order = ["Take <mark>one tablet.</mark>", "Take <mark>two tablets.</mark>"]
+        assert marked == [(str(place), in_order[6 - one]) for place, one in enumerate(shown)]
+        assert "<mark>" not in page
 
 
 def test_a_difference_that_would_take_long_is_not_made() -> None:
     began = time.process_time()
-    assert word_difference("a b " * 200_000, "b a " * 200_000) is None
-    assert word_difference("a b " * 400, "b a " * 400) is None
-    assert word_difference("a b " * 100, "a " * 100 + "b " * 100)
+    assert compared("a b " * 200_000, "b a " * 200_000) == (None, None)
+    assert compared("a b " * 400, "b a " * 400) == (None, None)
+    assert None not in compared("a b " * 100, "a " * 100 + "b " * 100)
+    assert [text is None for text in compared("a", "b " * 5000, "c")] == [False, True, False]
     assert time.process_time() - began < 5
 
 
@@ -598,7 +717,7 @@ def test_a_real_server_says_where_it_is_and_ends_when_told(tmp_path: Path, signa
         url = process.stdout.readline().strip()
         with urllib.request.urlopen(f"{url}/question?token=s3cret", timeout=10) as reply:  # noqa: S310
             assert reply.headers["Server"] is None
-            assert fields(reply.read().decode())["query_id"] == "q1"
+            assert set(fields(reply.read().decode())) == {"csrf", "key", "question"}
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as raw:
             raw.sendall(b"POST /answers HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
             for _ in range(5):
@@ -653,7 +772,7 @@ def test_one_store_many_threads(tmp_path: Path) -> None:
 
         def label_all(client: TestClient) -> int:
             n = 0
-            while (page := client.get("/question").text) and 'name="query_id"' in page:
+            while (page := client.get("/question").text) and 'name="question"' in page:
                 say(client, fields(page), choice="left")
                 n += 1
             return n

@@ -67,7 +67,7 @@ def answered(labelling, crowd, tmp_path):
                 said = {"pairwise": Answer("tie"), "rating": Answer(rating=3), "ranking": Answer(ranks=(1, 1, 1, 1))}
                 answer = said[lease.question.kind]
                 store.record(person.annotator_id, query_id, answer, key=key, shown=lease.shown)
-                ledger.sent[key] = crowd.Sent(person.name, query_id, answer, lease.shown, "", False)
+                ledger.sent[key] = crowd.Sent(person.name, lease.lease_id, answer, "", False)
                 ledger.acknowledged.append(key)
         yield store, ledger
 
@@ -90,7 +90,7 @@ def test_the_check_sees_what_is_lost_altered_or_unknown(crowd, answered):
     ledger.acknowledged.pop()
     sent = ledger.sent.pop(key)
     assert found(crowd, store, ledger) == {"unknown": 1}
-    ledger.sent[key] = crowd.Sent(sent.annotator, sent.query_id, Answer("both_bad"), sent.shown, "", False)
+    ledger.sent[key] = crowd.Sent(sent.annotator, sent.question, Answer("both_bad"), "", False)
     assert found(crowd, store, ledger) == {"altered": 1}
     ledger.sent[key], ledger.sent[other] = ledger.sent[other], sent
     assert found(crowd, store, ledger) == {"altered": 2}
@@ -100,8 +100,8 @@ def test_the_check_sees_what_is_doubled_too_many_or_left_behind(crowd, answered)
     store, ledger = answered
     assert found(crowd, store, ledger, overlap=1) == {"too_many": 6}
     assert found(crowd, store, ledger, overlap=3) == {"left_behind": 6}
-    sent = ledger.sent[ledger.acknowledged[0]]
+    label = store.labels()[0]
     person = store.annotators()[0]
-    store.record(person.annotator_id, sent.query_id, sent.answer, key="again", shown=sent.shown)
-    ledger.sent["again"] = sent
+    store.record(person.annotator_id, label.query_id, label.answer, key="again", shown=label.shown)
+    ledger.sent["again"] = ledger.sent[ledger.acknowledged[0]]
     assert found(crowd, store, ledger)["doubled"] == 1

@@ -356,7 +356,7 @@ def test_an_answer_outlives_the_server(mortal: tuple[ServerProcess, Store], brow
         visit.page.keyboard.press("1")  # it is answered already
         assert store.labels() == []
         server.start()
-        visit.page.wait_for_selector('#question[data-query="pairwise/1"]', timeout=40_000)
+        visit.question("pairwise/1", seconds=40)
         expect(visit.page.locator("#notice")).to_be_empty()
         label = only(store)
         assert (label.query_id, label.note, label.shown, label.supersedes) == ("pairwise/0", "kept", shown, None)
@@ -437,9 +437,9 @@ def test_what_the_server_refuses_stays_in_the_form(three: Visit) -> None:
     three.page.keyboard.press("n")
     three.page.keyboard.type("words")
     three.page.keyboard.press("Escape")
-    three.page.evaluate("document.querySelector('[name=shown]').value = '98,99'")
+    three.page.evaluate("document.querySelector('[name=key]').value = ''")
     three.page.keyboard.press("1")
-    expect(three.page.locator("#notice")).to_contain_text("The server did not take this answer: question")
+    expect(three.page.locator("#notice")).to_contain_text("The server did not take this answer: key")
     expect(three.page.locator("#note")).to_have_value("words")
     expect(three.page.locator("#question")).to_have_attribute("data-state", "ready")
     key = three.page.locator("[name=key]").input_value()
@@ -538,7 +538,7 @@ def test_views_of_the_texts(browser: Browser, tmp_path: Path) -> None:
         expect(page.locator("details.earlier summary")).to_have_text("7 earlier messages")
         assert page.locator(".role").all_inner_texts()[-2:] == ["Tool", "User"]
         long = page.locator(".card:has(.more)")
-        more = long.get_by_role("button")
+        more = long.locator(".more")
         expect(more).to_have_attribute("aria-expanded", "false")
         folded = long.locator(".fold").bounding_box()
         more.click()
@@ -548,9 +548,8 @@ def test_views_of_the_texts(browser: Browser, tmp_path: Path) -> None:
         assert opened is not None
         assert folded["height"] < 400 < opened["height"]
         page.keyboard.press("d")
-        expect(page.locator("[data-option=B] .diff ins").first).to_be_visible()
-        expect(page.locator("[data-option=B] .rendered")).to_be_hidden()
-        expect(page.locator("[data-option=A] .raw")).to_be_visible()
+        expect(page.locator("[data-option=B] .diff")).to_be_visible()
+        expect(page.locator(".card .rendered, .card .raw").filter(visible=True)).to_have_count(0)
         page.keyboard.press("d")
         page.keyboard.press("r")
         expect(page.locator(".turn .raw").last).to_have_text("How many?")
@@ -563,6 +562,81 @@ def test_views_of_the_texts(browser: Browser, tmp_path: Path) -> None:
         expect(page.locator(".fold.folded")).to_have_count(0)
 
 
+def test_differences_are_marked_on_both_sides_and_kept_in_the_page(browser: Browser, tmp_path: Path) -> None:
+    texts = ("Take one <b>tablet</b> a day.", "Take two tablets a day.")
+    questions = [make_question(i, texts=texts) for i in range(2)]
+    with serving(tmp_path / "labels.db", questions) as site, visiting(browser, site) as visit:
+        page = visit.page
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url) if "/differences" in request.url else None)
+        visit.question("pairwise/0")
+        only_here = {7: "one <b>tablet</b>", 6: "two tablets"}
+        for query_id in ("pairwise/0", "pairwise/1"):  # what was chosen holds for the next question
+            visit.question(query_id)
+            if query_id == "pairwise/0":
+                assert asked == []
+                page.keyboard.press("d")
+            expect(page.locator("[data-act=diff]")).to_have_attribute("aria-pressed", "true")
+            marks = page.locator(".card .diff mark")
+            expect(marks).to_have_text([only_here[i] for i in visit.shown()])
+            for mark in marks.all():  # not by colour alone, neither for those who see nor for those who listen
+                assert mark.evaluate("m => getComputedStyle(m).textDecorationLine") == "underline"
+                assert "only here" in mark.evaluate("m => getComputedStyle(m, '::before').content")
+            for _ in range(2):
+                page.keyboard.press("d")
+                expect(marks.first).to_be_hidden()
+                page.keyboard.press("d")
+                expect(marks.first).to_be_visible()
+            page.keyboard.press("1")
+        visit.wait("#done")
+        assert len(asked) == 2
+
+
+def test_without_a_connection_there_are_no_differences_and_the_question_can_be_answered(three: Visit) -> None:
+    three.excused = UNREACHABLE
+    page, button = three.page, three.page.locator("[data-act=diff]")
+    page.route("**/differences*", lambda route: route.abort("connectionrefused"))
+    page.keyboard.press("d")
+    expect(page.locator("#aside")).to_have_text(
+        "No differences now. The server cannot be reached. You can answer all the same."
+    )
+    expect(button).to_have_attribute("aria-pressed", "false")
+    expect(page.locator(".card .rendered").first).to_be_visible()
+    page.unroute("**/differences*")
+    page.keyboard.press("d")
+    expect(page.locator(".card .diff").first).to_be_visible()
+    expect(page.locator("#aside")).to_be_hidden()
+    page.route("**/differences*", lambda route: route.fulfill(status=200, body="<h1>Welcome to the hotel</h1>"))
+    page.keyboard.press("1")
+    three.question("pairwise/1")
+    expect(page.locator("#aside")).to_contain_text("does not give them just now")
+    page.keyboard.press("1")
+    three.question("pairwise/2")
+    assert len(three.site.store.labels()) == 2
+
+
+def test_differences_that_are_late_are_not_put_on_another_question(three: Visit) -> None:
+    page, held = three.page, []
+
+    def hold_the_first(route: Route) -> None:
+        if held:
+            route.continue_()
+        held.append(route)
+
+    page.route("**/differences*", hold_the_first)
+    page.keyboard.press("d")
+    page.keyboard.press("1")
+    three.question("pairwise/1")
+    diff = page.locator(".card .diff")
+    expect(page.locator("#question[data-diff], #aside:not(:empty)")).to_have_attribute("data-diff", "")
+    expect(diff).to_have_count(2)
+    with page.expect_response("**/differences*"):
+        held[0].continue_()
+    page.evaluate("new Promise((done) => setTimeout(done, 100))")
+    expect(diff).to_have_count(2)
+    assert all("question 1." in text for text in diff.all_inner_texts())
+
+
 def test_guidelines_and_theme_stay_as_they_were_left(browser: Browser, tmp_path: Path) -> None:
     with (
         serving(tmp_path / "labels.db", [make_question(0)], GUIDED) as site,
@@ -573,7 +647,7 @@ def test_guidelines_and_theme_stay_as_they_were_left(browser: Browser, tmp_path:
         dark = page.evaluate(ground)
         visit.question()
         page.keyboard.press("g")
-        expect(page.locator("#guidelines-title")).to_be_focused()
+        expect(page.locator("#guidelines .sheet")).to_be_focused()
         expect(page.locator("#guidelines .prose")).to_contain_text("Be kind")
         page.get_by_role("button", name="Theme: auto").click()
         page.reload()
@@ -584,6 +658,37 @@ def test_guidelines_and_theme_stay_as_they_were_left(browser: Browser, tmp_path:
         page.keyboard.press("Escape")
         expect(page.locator("#guidelines")).to_be_hidden()
         expect(page.locator(".tools [data-act=guidelines]")).to_be_focused()
+
+
+@pytest.mark.parametrize("guidelines", ["# Guidelines\n\nBe kind.", "## Guidelines\n\nBe kind.", "Be kind."])
+def test_the_guidelines_have_one_title(guidelines: str, browser: Browser, tmp_path: Path) -> None:
+    settings = LabelSettings(guidelines=guidelines, gold_every=0)
+    with serving(tmp_path / "labels.db", [make_question(0)], settings) as site, visiting(browser, site) as visit:
+        visit.page.keyboard.press("g")
+        panel = visit.page.get_by_role("complementary", name="Guidelines")
+        expect(panel.locator(":is(h1, h2)")).to_have_text(["Guidelines"])
+        expect(panel).to_contain_text("Be kind.")
+
+
+@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 400}, {"width": 360, "height": 600}])
+def test_the_keys_open_at_their_beginning(viewport: dict[str, int], browser: Browser, tmp_path: Path) -> None:
+    with (
+        serving(tmp_path / "labels.db", [make_question(0)]) as site,
+        visiting(browser, site, viewport=viewport) as visit,
+    ):
+        page, dialog = visit.page, visit.page.locator("#help")
+        visit.question()
+        for _ in range(2):
+            page.keyboard.press("?")
+            expect(page.locator("#help-title")).to_be_focused()
+            expect(page.locator("#help-title")).to_be_in_viewport(ratio=1)
+            assert dialog.evaluate("d => d.scrollTop") == 0
+            assert dialog.evaluate("d => d.scrollHeight > d.clientHeight")
+            dialog.evaluate("d => d.scrollTo(0, 1000)")  # where it is left
+            expect(dialog.get_by_role("button", name="Close")).to_be_in_viewport(ratio=1)
+            dialog.get_by_role("button", name="Close").click()
+            expect(dialog).to_be_hidden()
+        expect(page.locator("#question")).to_be_visible()
 
 
 def test_a_new_question_has_the_focus_and_is_announced(three: Visit) -> None:
@@ -644,7 +749,7 @@ def test_the_overview_is_live_and_keeps_focus_and_scrolling(judged: Site, browse
     with visiting(browser, judged, viewport={"width": 700, "height": 400}) as visit:
         page = visit.open("/overview")
         expect(page.locator("[data-number=answered]")).to_have_text("40 of 90 answers")
-        for words in ("ada", "not enough yet", "no such <law>", "answer 0 over answer 1", "⚑ flagged"):
+        for words in ("ada", "not enough yet", "no such <law>", "is preferred to the first", "⚑ flagged"):
             expect(page.locator("#live")).to_contain_text(words)
         link = page.locator("[id^='d-']").last
         link.focus()
@@ -679,6 +784,30 @@ def test_a_disagreement_is_settled_from_the_overview(judged: Site, browser: Brow
         assert (label.query_id, label.adjudicated, label.annotator) == (query_id, True, "local")
 
 
+def test_the_overview_calls_answers_what_the_page_of_the_question_calls_them(judged: Site, browser: Browser) -> None:
+    with visiting(browser, judged) as visit:
+        page = visit.open("/overview")
+        n = page.locator("[id^='d-']").count()
+        assert n > 3
+        for i in range(4):
+            item = page.locator("#o-disagree ~ ul > li").nth(i)
+            named = dict(zip(item.locator("dt").all_inner_texts(), item.locator("dd").all_inner_texts(), strict=True))
+            said = dict(text.split(": ") for text in item.locator(".given li").all_inner_texts())
+            assert set(said.values()) == {"A is better", "B is better"}
+            item.locator("a").first.click()
+            visit.question()
+            for letter, text in named.items():
+                expect(page.locator(f"[data-option={letter}] .rendered")).to_have_text(text)
+            rows = [row.split("\t")[:2] for row in page.locator(".answers tbody tr").all_inner_texts()]
+            assert dict(rows) == said
+            preferred = named["A" if said["ada"] == "A is better" else "B"]
+            label = next(x for x in judged.store.labels(query_id=visit.query_id()) if x.annotator == "ada")
+            question = judged.store.question(label.query_id)
+            assert preferred == question.completions[label.answer.choice == "second"]
+            page.go_back()
+            page.wait_for_selector("#live")
+
+
 def test_the_overview_says_when_it_is_old(mortal: tuple[ServerProcess, Store], browser: Browser) -> None:
     server, _ = mortal
     with visiting(browser, server, excused=UNREACHABLE) as visit:
@@ -687,6 +816,61 @@ def test_the_overview_says_when_it_is_old(mortal: tuple[ServerProcess, Store], b
         expect(page.locator("#notice")).to_contain_text("What you see may be old")
         server.start()
         expect(page.locator("#notice")).to_be_empty()
+
+
+# -- on a phone --------------------------------------------------------------------------------------------------------
+
+PROMPT = "I cannot sleep since I started a new job. Can I take two antihistamine tablets every night? " * 4
+VISIBLE = """() => {
+  const bar = document.querySelector("[data-bar]").getBoundingClientRect();
+  const cards = [...document.querySelectorAll(".card")].map((card) => card.getBoundingClientRect());
+  return (Math.min(bar.top, cards.at(-1).bottom) - cards[0].top) / innerHeight;
+}"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_phone_leaves_its_room_to_the_answers(kind: QueryKind, browser: Browser, tmp_path: Path) -> None:
+    messages = [Message("system", "You are a careful assistant. Say when to ask a doctor."), Message("user", PROMPT)]
+    texts = ["word " * 150] * {"pairwise": 2, "rating": 1, "ranking": 4}[kind]
+    settings = LabelSettings(guidelines="Be kind.", ask_safety=True, gold_every=0)
+    questions = [make_question(i, kind, texts=texts, messages=messages) for i in range(2)]
+    with serving(tmp_path / "labels.db", questions, settings) as site, visiting(browser, site, **PHONE) as visit:
+        visit.question()
+        page = visit.page
+        assert page.evaluate(VISIBLE) > 0.4
+        prompt = page.locator(".turn.user")
+        expect(prompt.locator(".fold")).to_have_css("overflow", "hidden")
+        assert prompt.locator(".fold").evaluate("f => f.clientHeight / parseFloat(getComputedStyle(f).lineHeight)") <= 4
+        prompt.get_by_role("button", name="Show all").tap()
+        assert prompt.locator(".fold").evaluate("f => f.scrollHeight <= f.clientHeight")
+        expect(page.locator(".choices").first).to_be_in_viewport(ratio=1)
+
+
+def test_a_wide_page_shows_the_whole_prompt(browser: Browser, tmp_path: Path) -> None:
+    question = make_question(0, messages=[Message("user", PROMPT)])
+    with serving(tmp_path / "labels.db", [question]) as site, visiting(browser, site) as visit:
+        visit.question()
+        assert visit.page.locator(".turn .fold").evaluate("f => f.scrollHeight <= f.clientHeight")
+        expect(visit.page.locator(".turn .more")).to_be_hidden()
+
+
+def test_a_conversation_shows_its_end_on_a_phone(browser: Browser, tmp_path: Path) -> None:
+    turns = [Message(("user", "assistant")[i % 2], f"turn {i}") for i in range(9)]
+    with (
+        serving(tmp_path / "labels.db", [make_question(0, messages=turns)]) as site,
+        visiting(browser, site, **PHONE) as visit,
+    ):
+        visit.question()
+        shown = visit.page.locator(".turn").filter(visible=True)
+        expect(shown.locator(".rendered")).to_have_text(["turn 8"])
+        visit.page.get_by_text("8 earlier messages").tap()
+        expect(shown.locator(".rendered")).to_have_text([f"turn {i}" for i in range(9)])
+    with (
+        serving(tmp_path / "more.db", [make_question(0, messages=turns)]) as site,
+        visiting(browser, site) as visit,
+    ):
+        visit.question()
+        expect(visit.page.locator(".turn").filter(visible=True)).to_have_count(6)
 
 
 # -- for everyone ------------------------------------------------------------------------------------------------------
@@ -744,6 +928,7 @@ def every_page(visit: Visit) -> Iterator[str]:
             page.keyboard.press("Escape")
         for key in keys[:-1]:
             page.keyboard.press(key)
+        visit.wait("#question[data-diff]" if kind == "pairwise" else "#question")  # they come from the server
         yield f"{kind}, answered"
         page.keyboard.press(keys[-1])
     page.wait_for_selector("#done")

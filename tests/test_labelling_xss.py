@@ -107,11 +107,19 @@ def label_and_look(visit: Visit, attack: Attack, answers: dict[str, Callable[[Pa
     for _ in range(count):
         visit.question()
         query_id = visit.query_id()
-        for key in ("e", "R", "R", "Shift+D", "Shift+D"):
-            visit.page.keyboard.press(key.lower() if len(key) == 1 else key)
+        views = [
+            ("e", ""),
+            ("r", "[data-raw]"),
+            ("r", ""),
+            ("Shift+D", "[data-diff]"),
+            ("Shift+D", ":not([data-diff])"),
+        ]
+        for key, shown in views:
+            visit.page.keyboard.press(key)
+            visit.wait(f"#question{shown}")  # differences come from the server
             attack.look()
         answers[query_id.split("/")[0]](visit.page)
-        visit.wait(f'#done, #question:not([data-query="{query_id}"])')
+        visit.next_question(query_id)
 
 
 def test_nothing_runs_on_the_labelling_page(browser: Browser, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 from sqlalchemy import event, insert
 
 from dissonance.feedback import schema
-from dissonance.feedback.overview import MOST_SHOWN, Overview, excerpt, in_words, overview, summary
+from dissonance.feedback.overview import MOST_SHOWN, NamedCompletion, Overview, overview, summary
 from dissonance.feedback.store import Progress, Store
+from dissonance.feedback.wording import excerpt, in_words, letters, shortened
 from dissonance.records import Answer, Message, Question
 
 NOTHING = Progress(0, 0, 0, 0)
@@ -45,7 +46,7 @@ def asked(tmp_path):
 
 def test_an_empty_store_has_an_empty_overview(asked):
     found = overview(asked.store)
-    assert found == Overview(NOTHING, (), (), (), 0, 0, (), 0, found.conflicts, {}, 0)
+    assert found == Overview(NOTHING, (), (), (), 0, 0, (), 0, found.conflicts, {}, (), 0)
     assert (found.conflicts.prompts, found.conflicts.rate) == (0, None)
     json.dumps(found.to_json())
 
@@ -71,7 +72,16 @@ def test_everything_a_lead_needs_is_there_after_each_answer(asked):
     assert (bob.left_share.mean, bob.gold_accuracy.mean) == (0.0, 0.0)
     (disagreement,) = found.disagreements  # ratings a point apart are none, nor are gold questions
     assert (disagreement.query_id, disagreement.dispute, disagreement.adjudicated) == ("q", 1.0, False)
-    assert [(x.annotator, x.text) for x in disagreement.answers] == [("ann", "4 over 2"), ("bob", "2 over 4")]
+    named = letters(question("q", ids=(4, 2)))
+    assert [(x.annotator, x.text) for x in disagreement.answers] == [
+        ("ann", f"{named[4]} is better"),
+        ("bob", f"{named[2]} is better"),
+    ]
+    first, second = sorted(named, key=named.__getitem__)
+    assert disagreement.completions == (
+        NamedCompletion("A", first, f"text {first}"),
+        NamedCompletion("B", second, f"text {second}"),
+    )
     (remark,) = found.remarks
     assert (remark.annotator, remark.note, remark.flagged, remark.created_at) == ("bob", "both are odd", True, 1000.0)
 
@@ -155,6 +165,7 @@ def test_cyclic_prompts_are_named_with_their_beginning(asked):
     assert found.excerpts["p"].startswith("Which? word word")
     assert len(found.excerpts["p"]) <= 120
     assert found.excerpts["p"].endswith("…")
+    assert found.cycle_excerpts == (("text 0", "text 1", "text 2"),)
 
 
 def test_labels_of_retired_questions_are_still_there(asked):
@@ -251,18 +262,33 @@ def test_json_holds_every_field_with_agreement_by_kind_and_intervals(asked):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (Answer(choice="first"), "3 over 1"),
-        (Answer(choice="second"), "1 over 3"),
+        (Answer(choice="first"), "{3} is better"),
+        (Answer(choice="second"), "{1} is better"),
         (Answer(choice="both_bad"), "both bad"),
         (Answer(rating=4, safe=False), "rated 4, unsafe"),
         (Answer(safe=True), "safe"),
-        (Answer(ranks=(2, 2)), "3 = 1"),
-        (Answer(ranks=(3, 1)), "1 > 3"),
+        (Answer(ranks=(2, 2)), "A = B"),
+        (Answer(ranks=(3, 1)), "{1} > {3}"),
         (Answer(), "skipped"),
     ],
 )
-def test_answers_in_words_name_completions_by_id(answer, words):
-    assert in_words(answer, question("q", ids=(3, 1))) == words
+@pytest.mark.parametrize("query_id", ["q", "r", "s", "t"])
+def test_answers_in_words_name_completions_by_letter(answer, words, query_id):
+    asked = question(query_id, ids=(3, 1))
+    named = letters(asked)
+    assert sorted(named.values()) == ["A", "B"]
+    assert in_words(answer, asked) == words.replace("{3}", named[3]).replace("{1}", named[1])
+
+
+def test_letters_tell_nothing_of_the_order_of_asking():
+    first = [letters(question(f"q{i}", ids=(3, 1)))[3] for i in range(200)]
+    assert 60 < first.count("A") < 140
+
+
+def test_a_text_is_shortened_to_one_line():
+    assert shortened(" a\n b ", 3) == "a b"
+    assert shortened("a\n bc", 3) == "a…"
+    assert shortened("", 3) == ""
 
 
 def test_the_excerpt_is_of_the_last_thing_the_user_said():

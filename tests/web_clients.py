@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import select
 from starlette.testclient import TestClient
 
+from dissonance.feedback import schema
 from dissonance.feedback.access import invite
 from dissonance.feedback.store import Store
 from dissonance.feedback.web.app import create_app
@@ -63,7 +65,19 @@ class _Fields(HTMLParser):
 
 
 def fields(html: str) -> dict[str, str]:
-    """The hidden fields of the page's form: csrf, key, query_id, shown."""
+    """The hidden fields of the page's form: csrf, key, question."""
     parser = _Fields()
     parser.feed(html)
-    return {name: parser.values[name] for name in ("csrf", "key", "query_id", "shown")}
+    return {name: parser.values[name] for name in ("csrf", "key", "question")}
+
+
+def given(store: Store, handle: str) -> tuple[str, tuple[int, ...]]:
+    """What a page calls by this handle: the query_id, and the completion_ids from left to right."""
+    if handle.startswith("query:"):
+        return handle.removeprefix("query:"), ()
+    table, column, value = schema.leases, schema.leases.c.lease_id, handle
+    if handle.startswith("label:"):
+        table, column, value = schema.labels, schema.labels.c.label_id, int(handle.removeprefix("label:"))  # type: ignore[assignment]
+    with store.reading() as connection:
+        row = connection.execute(select(table.c.query_id, table.c.shown).where(column == value)).one()
+    return row.query_id, tuple(row.shown)

@@ -3,6 +3,7 @@
 store.py       one run's questions and answers: `Store`, which everything else goes through
   queries.py     what is to be asked: rounds, gold questions, checks, progress
   asking.py      who is asked what next: leases
+  gold_places.py   where gold questions come among them
   answers.py     labels: recorded once, corrected in chains
   people.py      annotators
   rows.py        rows <-> records, answers <-> JSON
@@ -19,6 +20,7 @@ reliability.py what each annotator's answers are worth
 preference_graph.py  cycles among preferences, and rewards without them
 aggregate.py   labels -> weighted preference pairs; pairs.py: what those are
 overview.py    what a lead sees
+wording.py     answers in a few words; blind.py: the order in which completions are called A, B, ...
 gold_questions.py    a file of questions whose answer is known
 exchange/      labels to and from other tools
 """

@@ -21,9 +21,10 @@ from sqlalchemy import (
     update,
 )
 
+from dissonance.feedback.gold_places import is_gold_place, seed_of
 from dissonance.feedback.people import Person
 from dissonance.feedback.rows import question_from_row
-from dissonance.feedback.schema import labels, leases, queries
+from dissonance.feedback.schema import about, labels, leases, queries
 from dissonance.records import Question
 
 
@@ -67,14 +68,9 @@ def _gold_due(connection: Connection, person: Person, held: int, count: int, gol
     """How many of the next questions are to be gold: of every `gold_every` one, at a place nobody can foresee."""
     if gold_every < 1:
         return 0
-    answered = connection.scalar(_ANSWERED, {"me": person.annotator_id}) or 0
-    return sum(_is_gold_place(person, place, gold_every) for place in range(answered + held, answered + count))
-
-
-def _is_gold_place(person: Person, place: int, gold_every: int) -> bool:
-    # Drawn from who and where, so that it is the same however often the page is loaded.
-    block, offset = divmod(place, gold_every)
-    return random.Random(f"{person.annotator_id}/{block}/{gold_every}").randrange(gold_every) == offset
+    answered, run_id = connection.execute(_ANSWERED, {"me": person.annotator_id}).one()
+    seed = seed_of(run_id, person.annotator_id)
+    return sum(is_gold_place(seed, place, gold_every) for place in range(answered + held, answered + count))
 
 
 def _next(connection: Connection, person: Person, count: int, gold: int, now: float) -> list[Row[Any]]:
@@ -153,7 +149,9 @@ _HELD = (
     .limit(bindparam("count"))
 )
 _RENEW = update(leases).where(leases.c.lease_id == bindparam("lease")).values(expires_at=bindparam("until"))
-_ANSWERED = select(func.count()).select_from(labels).where(_is_first, ~labels.c.adjudicated)
+_ANSWERED = select(
+    select(func.count()).select_from(labels).where(_is_first, ~labels.c.adjudicated).scalar_subquery(), about.c.value
+).where(about.c.key == "run_id")
 CLOSE_LEASE = (
     update(leases)
     .where(leases.c.query_id == bindparam("query"), leases.c.annotator_id == _me, leases.c.closed_at.is_(None))

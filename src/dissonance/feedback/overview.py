@@ -14,6 +14,7 @@ from dissonance.feedback.quality import (
     Agreement,
     AnnotatorQuality,
     ConflictRate,
+    CyclicPrompt,
     agreements,
     annotator_quality,
     conflict_rate,
@@ -22,12 +23,13 @@ from dissonance.feedback.queries import all_questions, count_progress, known_ans
 from dissonance.feedback.rows import answer_to_json, label_from_row
 from dissonance.feedback.store import Progress, Store
 from dissonance.feedback.votes import AgreementKind, Coded, Said, said, standing
+from dissonance.feedback.wording import excerpt, in_words, letters, shortened
 from dissonance.records import AnnotatorKind, Answer, Label, QueryKind, Question
 
 MOST_SHOWN = 50
 """Disagreements and remarks that are listed; all are counted."""
 
-_EXCERPT = 120
+_COMPLETION_EXCERPT = 80
 _REPLICATES = 400  # of the bootstrap: enough for a page that is looked at while it changes
 _LEAST_SPAN = 2  # ratings one point apart are no disagreement
 _PAIR_DISTANCE = (
@@ -47,8 +49,19 @@ class GivenAnswer:
     annotator_kind: AnnotatorKind
     answer: Answer
     text: str
-    """For people, in terms of completion_ids: `3 over 1`, `tie`, `rated 4, safe`, `3 > 1 = 2`."""
+    """For people, in terms of letters: `A is better`, `tie`, `rated 4, safe`, `C > A = B`."""
     adjudicated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NamedCompletion:
+    """A completion as lists of answers name it."""
+
+    letter: str
+    """As on the page where a lead settles its query."""
+    completion_id: int
+    excerpt: str
+    """The start of its text, one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +75,8 @@ class Disagreement:
     """The start of the last user turn, one line."""
     dispute: float
     """In (0, 1]; 1 is as far apart as answers can be."""
+    completions: tuple[NamedCompletion, ...]
+    """By letter."""
     answers: tuple[GivenAnswer, ...]
     """By annotator name; skips left out."""
     adjudicated: bool
@@ -105,6 +120,8 @@ class Overview:
     """Cyclic prompts."""
     excerpts: dict[str, str]
     """prompt_id -> the start of its last user turn, for the cyclic prompts."""
+    cycle_excerpts: tuple[tuple[str, ...], ...]
+    """For each of the cyclic prompts, the start of every completion on its cycle."""
     latest_label_id: int
     """0 where there is none; unchanged means that nothing has arrived."""
 
@@ -204,6 +221,7 @@ def summary(
         n_remarks=len(remarks),
         conflicts=conflicts,
         excerpts={prompt.prompt_id: excerpt(asked[prompt.prompt_id]) for prompt in conflicts.cyclic},
+        cycle_excerpts=tuple(_cycle_excerpts(prompt, questions) for prompt in conflicts.cyclic),
         latest_label_id=_latest(labels),
     )
 
@@ -264,9 +282,25 @@ def _disagreement(row: _Disputed, question: Question) -> Disagreement:
         kind=question.kind,
         excerpt=excerpt(question),
         dispute=row.dispute,
+        completions=_named(question),
         answers=tuple(answers),
         adjudicated=row.settled,
     )
+
+
+def _named(question: Question) -> tuple[NamedCompletion, ...]:
+    texts = dict(zip(question.completion_ids, question.completions, strict=True))
+    return tuple(
+        NamedCompletion(letter, completion_id, shortened(texts[completion_id], _COMPLETION_EXCERPT))
+        for completion_id, letter in letters(question).items()
+    )
+
+
+def _cycle_excerpts(prompt: CyclicPrompt, questions: Mapping[str, Question]) -> tuple[str, ...]:
+    texts: dict[int, str] = {}
+    for question in (questions[query_id] for query_id in prompt.query_ids):
+        texts |= zip(question.completion_ids, question.completions, strict=True)
+    return tuple(shortened(texts[completion_id], _COMPLETION_EXCERPT) for completion_id in prompt.cycle)
 
 
 def _remark(label: Label, question: Question) -> Remark:
@@ -282,31 +316,7 @@ def _remark(label: Label, question: Question) -> Remark:
     )
 
 
-# -- words -------------------------------------------------------------------------------------------------------------
-
-
-def excerpt(question: Question) -> str:
-    """The start of the last user turn, on one line, at most 120 characters."""
-    turns = [message.content for message in question.messages if message.role == "user"]
-    text = " ".join((turns or [message.content for message in question.messages] or [""])[-1].split())
-    return text if len(text) <= _EXCERPT else text[: _EXCERPT - 1].rstrip() + "…"
-
-
-def in_words(answer: Answer, question: Question) -> str:
-    """An answer in terms of completion_ids: `3 over 1`, `both bad`, `rated 4, safe`, `3 > 1 = 2`, `skipped`."""
-    ids = question.completion_ids
-    if answer.choice in ("first", "second"):
-        return "{} over {}".format(*(ids if answer.choice == "first" else ids[::-1]))
-    if answer.choice is not None:
-        return answer.choice.replace("_", " ")
-    if answer.ranks is not None:
-        levels = [
-            [i for i, rank in zip(ids, answer.ranks, strict=True) if rank == r] for r in sorted(set(answer.ranks))
-        ]
-        return " > ".join(" = ".join(map(str, level)) for level in levels)
-    rating = [f"rated {answer.rating}"] if answer.rating is not None else []
-    safety = [] if answer.safe is None else ["safe" if answer.safe else "unsafe"]
-    return ", ".join(rating + safety) or "skipped"
+# -- JSON --------------------------------------------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> Any:

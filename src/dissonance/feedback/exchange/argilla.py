@@ -19,12 +19,12 @@ from typing import Any
 from uuid import NAMESPACE_DNS, uuid5
 
 from dissonance.errors import DataError
+from dissonance.feedback.blind import blind_order
 from dissonance.feedback.exchange.asked import (
     MODELS,
     Asked,
     ImportedAnswer,
     Parsed,
-    blind_order,
     order_shown,
     text_of,
 )

@@ -1,6 +1,5 @@
 """What a run has asked, as files of labels speak of it; and what they say."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -130,18 +129,6 @@ def turns_of(question: Question) -> Turns:
 def text_of(question: Question) -> dict[int, str]:
     """The texts of a question by completion_id."""
     return dict(zip(question.completion_ids, question.completions, strict=True))
-
-
-def blind_order(question: Question) -> tuple[int, ...]:
-    """The completion_ids in the order to show elsewhere: as good as random, and the same in every export.
-
-    A strategy may put the likelier winner first; those who label must not learn it from the position.
-    """
-
-    def drawn(completion_id: int) -> bytes:
-        return hashlib.sha256(f"{question.query_id}\0{completion_id}".encode()).digest()
-
-    return tuple(sorted(question.completion_ids, key=drawn))
 
 
 def order_shown(question: Question, shown: object) -> tuple[int, ...]:

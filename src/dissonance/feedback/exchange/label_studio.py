@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from dissonance.errors import DataError
+from dissonance.feedback.blind import blind_order
 from dissonance.feedback.exchange.asked import (
     MODELS,
     Asked,
     ImportedAnswer,
     Parsed,
-    blind_order,
     order_from_ranks,
     order_shown,
     ranks_from_order,

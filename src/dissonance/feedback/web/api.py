@@ -11,8 +11,8 @@ from dissonance.errors import DataError
 from dissonance.feedback import overview as overviews
 from dissonance.feedback.access import invite, revoke_tokens
 from dissonance.feedback.rows import answer_from_json, answer_to_json
-from dissonance.feedback.web.forms import Key, Note, QueryId, Seconds, check_shown, reordered
-from dissonance.feedback.web.lookups import person_progress
+from dissonance.feedback.web.forms import Handle, Key, Note, Seconds, reordered
+from dissonance.feedback.web.given import given_by_lease
 from dissonance.feedback.web.site import SiteOf, VisitorOf, get_lead, get_visitor
 from dissonance.feedback.web.views import PersonProgress
 from dissonance.records import AnnotatorKind, Choice, QueryKind, Role
@@ -54,47 +54,41 @@ class MessageReply(BaseModel):
 class QuestionReply(BaseModel):
     """A question that is yours until `expires_at`."""
 
-    query_id: str
+    question_id: str = Field(description="What to send back with the answer.")
     kind: QueryKind
     messages: list[MessageReply]
-    completion_ids: list[int] = Field(description="In an order drawn at random, which is the one to show them in.")
-    completions: list[str] = Field(description="The texts, in the order of completion_ids.")
-    shown: list[int] = Field(description="The same as completion_ids: what to send back with the answer.")
+    completions: list[str] = Field(description="The texts, in an order drawn at random: the one to show them in.")
     expires_at: float = Field(description="Seconds since 1970, UTC.")
 
 
 class AnswerValue(_Strict):
     """A choice, a rating (with or without safe), ranks; or none of them, which is a skip."""
 
-    choice: Choice | None = Field(None, description="The first or the second of `shown` is better, or neither.")
+    choice: Choice | None = Field(None, description="The first or the second of `completions` is better, or neither.")
     rating: Annotated[int, Field(ge=1, le=5)] | None = None
     safe: bool | None = None
     ranks: Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=2, max_length=100)] | None = Field(
-        None, description="One for each of `shown`, in its order, 1 the best; equal ranks are ties."
+        None, description="One for each of `completions`, in its order, 1 the best; equal ranks are ties."
     )
 
 
 class AnswerRequest(_Strict):
     """An answer to a question."""
 
-    query_id: QueryId
+    question_id: Handle
     key: Key
     answer: AnswerValue
-    shown: Annotated[list[int], Field(min_length=1, max_length=100)] = Field(
-        description="completion_ids in the order in which they were shown, which is the order that `answer` speaks of."
-    )
     seconds: Seconds | None = None
     note: Note = ""
     flagged: bool = False
 
 
 class LabelReply(BaseModel):
-    """A label that is stored; its answer speaks of the order of `shown`."""
+    """A label that is stored."""
 
     label_id: int
-    query_id: str
+    question_id: str
     answer: AnswerValue
-    shown: list[int]
     seconds: float | None
     note: str
     flagged: bool
@@ -143,13 +137,11 @@ def question(site: SiteOf, visitor: VisitorOf) -> QuestionReply | None:
     asked = lease.question
     texts = dict(zip(asked.completion_ids, asked.completions, strict=True))
     return QuestionReply(
-        query_id=asked.query_id,
+        question_id=given_by_lease(lease).handle,
         kind=asked.kind,
         messages=[MessageReply(role=m.role, content=m.content) for m in asked.messages],
         # Not in the order of asking: a strategy may put the likelier winner first.
-        completion_ids=list(lease.shown),
         completions=[texts[completion_id] for completion_id in lease.shown],
-        shown=list(lease.shown),
         expires_at=lease.expires_at,
     )
 
@@ -157,14 +149,14 @@ def question(site: SiteOf, visitor: VisitorOf) -> QuestionReply | None:
 @router.post("/answers", responses=_NOT_FOUND | _CONFLICT)
 def answer(site: SiteOf, visitor: VisitorOf, said: Annotated[AnswerRequest, Body()]) -> LabelReply:
     """Store an answer; it is on disk when this replies. Another answer to the same question corrects the first."""
-    asked = site.question_for(visitor.person, said.query_id)
-    shown = check_shown(tuple(said.shown), asked)
-    given = answer_from_json(said.answer.model_dump(exclude_none=True))
-    given.fits(asked)
+    given = site.given(visitor.person, said.question_id)
+    asked, shown = given.question, given.shown
+    answer = answer_from_json(said.answer.model_dump(exclude_none=True))
+    answer.fits(asked)
     label = site.record(
         visitor.person,
-        asked,
-        reordered(given, shown, asked.completion_ids),
+        given.query_id,
+        reordered(answer, shown, asked.completion_ids),
         said.key,
         shown=shown,
         seconds=said.seconds,
@@ -173,9 +165,8 @@ def answer(site: SiteOf, visitor: VisitorOf, said: Annotated[AnswerRequest, Body
     )
     return LabelReply(
         label_id=label.label_id,
-        query_id=label.query_id,
+        question_id=given.handle,
         answer=AnswerValue(**answer_to_json(reordered(label.answer, asked.completion_ids, shown))),
-        shown=list(label.shown),
         seconds=label.seconds,
         note=label.note,
         flagged=label.flagged,
@@ -187,7 +178,7 @@ def answer(site: SiteOf, visitor: VisitorOf, said: Annotated[AnswerRequest, Body
 @router.get("/progress")
 def progress(site: SiteOf, visitor: VisitorOf) -> PersonProgress:
     """How far you are."""
-    return person_progress(site.store, visitor.person.annotator_id)
+    return site.progress(visitor.person)
 
 
 @router.get("/overview", dependencies=_LEADS)

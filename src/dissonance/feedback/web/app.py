@@ -2,6 +2,7 @@
 
 security.py  what stands before every request       pages.py  HTML     views.py, markdown.py  what a question shows
 site.py      who asks, and what all share           api.py    JSON     forms.py               what an answer says
+                                                                      given.py               what it is about
 """
 
 import logging

@@ -23,6 +23,7 @@ def _clean(text: object) -> object:
 
 
 Key = Annotated[str, Field(pattern=KEY_PATTERN, description="New for each answer; sent again, the answer counts once.")]
+Handle = Annotated[str, Field(min_length=1, max_length=220, pattern=r"^[^\x00]+$")]
 QueryId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]
 Note = Annotated[str, BeforeValidator(_clean), Field(max_length=NOTE_CHARACTERS)]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
@@ -35,11 +36,8 @@ def _none_if_blank(value: object) -> object:
 class AnswerForm(BaseModel):
     """The fields of the form on the labelling page."""
 
-    query_id: QueryId
+    question: Handle
     key: Key
-    shown: Annotated[
-        str, Field(pattern=r"^[0-9]{1,9}(,[0-9]{1,9}){0,99}$", description="completion_ids, left to right")
-    ]
     choice: Literal["left", "right", "tie", "both_bad", "skip", ""] = ""
     rating: Literal["1", "2", "3", "4", "5", "skip", ""] = ""
     safe: Literal["yes", "no", ""] = ""
@@ -48,24 +46,24 @@ class AnswerForm(BaseModel):
     note: Note = ""
     flagged: Literal["on", ""] = ""
 
-    @property
-    def shown_ids(self) -> tuple[int, ...]:
-        """`shown` as numbers."""
-        return tuple(map(int, self.shown.split(",")))
 
-
-def answer_of(form: AnswerForm, question: Question) -> Answer:
-    """What the form says of the question.
+def answer_of(form: AnswerForm, question: Question, shown: tuple[int, ...]) -> Answer:
+    """What the form says of the question, whose completions stood in the order of `shown`.
 
     Raises:
-        DataError: it says nothing or several things, or shows other completions than the question has.
+        DataError: it says nothing, several things, or something that this question does not take.
     """
-    shown = check_shown(form.shown_ids, question)
     given = [name for name in ("choice", "rating", "ranks") if getattr(form, name)]
     if len(given) > 1:
         raise DataError(f"the form gives both {given[0]} and {given[1]}: give one")
     if not given and not form.safe:
         raise DataError("the form gives no answer: send choice, rating or ranks; `skip` passes the question on")
+    answer = _said(form, question, shown)
+    answer.fits(question)
+    return answer
+
+
+def _said(form: AnswerForm, question: Question, shown: tuple[int, ...]) -> Answer:
     if _SKIP in {form.choice, form.rating, form.ranks}:
         return Answer()
     if form.choice:
@@ -74,15 +72,6 @@ def answer_of(form: AnswerForm, question: Question) -> Answer:
         return Answer(ranks=_ranks(form.ranks, question, shown))
     safe = {"yes": True, "no": False}.get(form.safe)
     return Answer(rating=int(form.rating) if form.rating else None, safe=safe)
-
-
-def check_shown(shown: tuple[int, ...], question: Question) -> tuple[int, ...]:
-    """Give `shown` back if it is an order of the question's completions."""
-    if sorted(shown) != sorted(question.completion_ids):
-        raise DataError(
-            f"question {question.query_id!r} shows completions {list(question.completion_ids)}, not {list(shown)}"
-        )
-    return shown
 
 
 def reordered(answer: Answer, of: tuple[int, ...], to: tuple[int, ...]) -> Answer:

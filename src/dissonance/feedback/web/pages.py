@@ -5,13 +5,16 @@ from typing import Annotated
 from fastapi import APIRouter, Form, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
+from dissonance.errors import DataError
 from dissonance.feedback.access import end_session, person_of_token, sign_in
 from dissonance.feedback.answers import Said
 from dissonance.feedback.overview import overview
 from dissonance.feedback.store import Lease
-from dissonance.feedback.web.forms import AnswerForm, QueryId, answer_of
-from dissonance.feedback.web.lookups import person_progress
+from dissonance.feedback.web.forms import AnswerForm, Handle, QueryId, answer_of
+from dissonance.feedback.web.given import Given, given_again, given_by_lease, given_to_lead
 from dissonance.feedback.web.site import LeadOf, Site, SiteOf, Visitor, VisitorOf, too_many
+from dissonance.feedback.web.views import differences
+from dissonance.feedback.wording import in_words
 
 router = APIRouter(include_in_schema=False)
 _MAX_ID = 2**31 - 1
@@ -27,8 +30,8 @@ def label_page(site: SiteOf, visitor: VisitorOf) -> HTMLResponse:
         csrf=visitor.csrf,
         settings=site.settings,
         guidelines_html=site.guidelines_html,
-        view=None if lease is None else site.view(visitor.person, lease.question, lease.shown),
-        progress=person_progress(site.store, visitor.person.annotator_id) if lease is None else None,
+        view=None if lease is None else site.view(visitor.person, given_by_lease(lease)),
+        progress=site.progress(visitor.person) if lease is None else None,
     )
 
 
@@ -47,30 +50,42 @@ def previous_question(
     label = site.store.last_label(person.annotator_id, before)
     if label is None:
         raise HTTPException(404, "there is no earlier answer of yours")
-    question = site.store.question(label.query_id)
-    view = site.view(person, question, label.shown or question.completion_ids, label)
+    view = site.view(person, given_again(label, site.store.question(label.query_id)), label)
     return site.html("_question.html", person=person, csrf=visitor.csrf, view=view)
+
+
+@router.get("/question/differences")
+def question_differences(site: SiteOf, visitor: VisitorOf, question: Handle) -> HTMLResponse:
+    """What stands in one text of a question alone, as a part of the page; worked out only when somebody asks."""
+    given = site.given(visitor.person, question)
+    return site.html("_differences.html", texts=differences(given.question, given.shown))
 
 
 @router.post("/answers")
 def answer(site: SiteOf, visitor: VisitorOf, form: Annotated[AnswerForm, Form()]) -> HTMLResponse:
     """Store an answer, and give the next question; the answer is on disk before this is sent."""
-    question = site.question_for(visitor.person, form.query_id)
-    answer = answer_of(form, question)
-    return _next(site, visitor, site.record_and_lease(visitor.person, question, answer, form.key, **_said(form)))
+    given = site.given(visitor.person, form.question)
+    answer = answer_of(form, given.question, given.shown)
+    lease = site.record_and_lease(visitor.person, given.query_id, answer, form.key, **_said(form, given))
+    return _next(site, visitor, lease)
 
 
 def _next(site: Site, visitor: Visitor, lease: Lease | None) -> HTMLResponse:
     person = visitor.person
     if lease is None:
-        progress = person_progress(site.store, person.annotator_id)
-        return site.html("_done.html", person=person, csrf=visitor.csrf, progress=progress)
-    view = site.view(person, lease.question, lease.shown)
+        return site.html("_done.html", person=person, csrf=visitor.csrf, progress=site.progress(person))
+    view = site.view(person, given_by_lease(lease))
     return site.html("_question.html", person=person, csrf=visitor.csrf, view=view)
 
 
-def _said(form: AnswerForm) -> Said:
-    return {"shown": form.shown_ids, "seconds": form.seconds, "note": form.note, "flagged": form.flagged == "on"}
+def _said(form: AnswerForm, given: Given, *, adjudicated: bool = False) -> Said:
+    return {
+        "shown": given.shown,
+        "seconds": form.seconds,
+        "note": form.note,
+        "flagged": form.flagged == "on",
+        "adjudicated": adjudicated,
+    }
 
 
 @router.get("/join")
@@ -134,14 +149,18 @@ def overview_live(site: SiteOf, lead: LeadOf) -> HTMLResponse:
 def query_page(site: SiteOf, lead: LeadOf, query_id: QueryId) -> HTMLResponse:
     """All that was answered to one query, and a form to settle it."""
     person = lead.person
-    question = site.question_for(person, query_id)
+    try:
+        question = site.store.question(query_id)
+    except DataError as error:
+        raise HTTPException(404, str(error)) from error
     labels = site.store.labels(query_id=query_id)
     mine = next((label for label in labels if label.annotator == person.name), None)
     return site.html(
         "query.html",
-        view=site.view(person, question, question.completion_ids, mine),
+        view=site.view(person, given_to_lead(question), mine),
         labels=labels,
         question=question,
+        in_words=in_words,
         gold=site.store.gold().get(query_id),
         person=person,
         csrf=lead.csrf,
@@ -154,12 +173,11 @@ def adjudicate(
     request: Request, site: SiteOf, lead: LeadOf, query_id: QueryId, form: Annotated[AnswerForm, Form()]
 ) -> Response:
     """Settle a query: the lead's answer outweighs the others."""
-    if form.query_id != query_id:
-        raise HTTPException(422, f"the form is about query {form.query_id!r}, the address about {query_id!r}")
-    question = site.question_for(lead.person, query_id)
-    said = _said(form)
-    said["adjudicated"] = True
-    site.record(lead.person, question, answer_of(form, question), form.key, **said)
+    given = site.given(lead.person, form.question)
+    if given.query_id != query_id:
+        raise HTTPException(422, f"the form is about query {given.query_id!r}, the address about {query_id!r}")
+    answer = answer_of(form, given.question, given.shown)
+    site.record(lead.person, query_id, answer, form.key, **_said(form, given, adjudicated=True))
     if "hx-request" in request.headers:
         return Response(status_code=204, headers={"HX-Redirect": "/overview"})
     return RedirectResponse("/overview", 303)

@@ -1,5 +1,6 @@
 """What every page and every API call shares: the store, the settings, the templates, and who is asking."""
 
+import hashlib
 import hmac
 import uuid
 from collections.abc import Iterator
@@ -21,12 +22,13 @@ from dissonance.feedback.answers import Said
 from dissonance.feedback.schema import labels
 from dissonance.feedback.store import Lease, Person, Store
 from dissonance.feedback.web.forms import fields_of
-from dissonance.feedback.web.lookups import person_progress, question_given_to
+from dissonance.feedback.web.given import Given, find_given
+from dissonance.feedback.web.lookups import person_progress
 from dissonance.feedback.web.markdown import render_markdown
 from dissonance.feedback.web.security import SAFE_METHODS, SignInLimit
 from dissonance.feedback.web.settings import LabelSettings
-from dissonance.feedback.web.views import QuestionView, question_view
-from dissonance.records import Answer, Label, Question
+from dissonance.feedback.web.views import PersonProgress, QuestionView, question_view
+from dissonance.records import Answer, Label
 
 HERE = Path(__file__).parent
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
@@ -53,6 +55,8 @@ class Site:
     def __init__(self, store: Store, settings: LabelSettings) -> None:
         self.store = store
         self.settings = settings
+        # What tells runs apart in a browser. The run's id itself is on no page: gold questions come where it says.
+        self.run = hashlib.sha256(store.run_id.encode()).hexdigest()[:16]
         self.limit = SignInLimit()
         self.guidelines_html = render_markdown(settings.guidelines) if settings.guidelines.strip() else ""
         self.cookie = "__Host-dissonance" if settings.secure_cookies else "dissonance"
@@ -64,7 +68,7 @@ class Site:
 
     def html(self, template: str, status_code: int = 200, /, **context: Any) -> HTMLResponse:
         """Render a page or a part of one."""
-        return HTMLResponse(self.templates.get_template(template).render(context, run=self.store.run_id), status_code)
+        return HTMLResponse(self.templates.get_template(template).render(context, run=self.run), status_code)
 
     def lease(self, person: Person) -> Lease | None:
         """The next question of a person."""
@@ -72,50 +76,45 @@ class Site:
             person.annotator_id, seconds=self.settings.lease_seconds, gold_every=self.settings.gold_every
         )
 
-    def view(
-        self, person: Person, question: Question, shown: tuple[int, ...], label: Label | None = None
-    ) -> QuestionView:
+    def progress(self, person: Person) -> PersonProgress:
+        """How far a person is."""
+        return person_progress(self.store, person.annotator_id, self.settings.gold_every)
+
+    def view(self, person: Person, given: Given, label: Label | None = None) -> QuestionView:
         """Show a question, with the person's earlier answer filled in where there is one."""
-        progress = person_progress(self.store, person.annotator_id)
-        ask_safety = self.settings.ask_safety
-        view = question_view(question, shown, uuid.uuid4().hex, progress, ask_safety=ask_safety)
+        progress, ask_safety = self.progress(person), self.settings.ask_safety
+        view = question_view(given.question, given.shown, uuid.uuid4().hex, progress, ask_safety=ask_safety)
         if label is None:
             return view
         return replace(
             view,
-            chosen=fields_of(label.answer, question, shown),
+            chosen=fields_of(label.answer, given.question, given.shown),
             note=label.note,
             flagged=label.flagged,
             correcting=True,
             previous_before=label.label_id,
         )
 
-    def question_for(self, person: Person, query_id: str) -> Question:
-        """The question that an answer of this person is about; 404 where it is none of theirs."""
-        if person.role != "lead":
-            question = question_given_to(self.store, person.annotator_id, query_id)
-        else:
-            try:
-                question = self.store.question(query_id)
-            except DataError:
-                question = None
-        if question is None:
-            raise HTTPException(404, f"there is no question {query_id!r} of yours: load the page again")
-        return question
+    def given(self, person: Person, handle: str) -> Given:
+        """What an answer of this person is about; 404 where it is nothing that they were given."""
+        given = find_given(self.store, person, handle)
+        if given is None:
+            raise HTTPException(404, f"there is no question {handle!r} of yours: load the page again")
+        return given
 
-    def record(self, person: Person, question: Question, answer: Answer, key: str, **said: Unpack[Said]) -> Label:
+    def record(self, person: Person, query_id: str, answer: Answer, key: str, **said: Unpack[Said]) -> Label:
         """Store an answer; 409 where the key was used for another."""
         with self._conflict_of_keys(person, key):
-            return self.store.record(person.annotator_id, question.query_id, answer, key=key, **said)
+            return self.store.record(person.annotator_id, query_id, answer, key=key, **said)
 
     def record_and_lease(
-        self, person: Person, question: Question, answer: Answer, key: str, **said: Unpack[Said]
+        self, person: Person, query_id: str, answer: Answer, key: str, **said: Unpack[Said]
     ) -> Lease | None:
         """Store an answer, and give the next question; 409 where the key was used for another."""
         with self._conflict_of_keys(person, key):
             _, lease = self.store.record_and_lease(
                 person.annotator_id,
-                question.query_id,
+                query_id,
                 answer,
                 key=key,
                 lease_seconds=self.settings.lease_seconds,

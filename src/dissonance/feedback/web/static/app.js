@@ -4,11 +4,13 @@
 //   data-answer       a form whose answer goes through the outbox
 // Whatever models or annotators wrote stands inside [hx-disable], and is never looked at for any of these.
 
+import { loadDifferences } from "./differences.js";
 import { occupied, openOutbox, post } from "./outbox.js";
-import { all, announce, answerable, field, form, hint, notice, one, prefer, preference, question } from "./page.js";
+import { all, announce, answerable, aside, field, form, hint, notice, one, prefer, preference, question } from "./page.js";
 import { beginRanking, changeRanking, finishRanking } from "./ranking.js";
 
 const GRACE = 300; // ms in which a new question takes no answer: a second press was meant for the one before
+const NARROW = matchMedia("(max-width: 46rem)"); // as in app.css
 const THEMES = ["auto", "light", "dark"];
 
 // -- the time that a question was visible -----------------------------------------------------------------------------
@@ -47,6 +49,7 @@ function present(arrived) {
   startClock();
   if (one("#note").value) openNote(false);
   if (shown.dataset.kind === "ranking") beginRanking();
+  if (NARROW.matches) gatherEarlierTurns(shown);
   applyViews();
   showShiftedKeys();
   setTimeout(() => { if (shown.dataset.state === "new") shown.dataset.state = "ready"; }, GRACE);
@@ -96,22 +99,47 @@ function set(button) {
 
 // -- how texts are shown ----------------------------------------------------------------------------------------------
 
-function flip(name) {
-  prefer(name, preference(name) === "on" ? "off" : "on");
+/** What holds for this question and the next ones; `on`: whether it is to. */
+function choose(name, on) {
+  prefer(name, on ? "on" : "off");
   applyViews();
 }
 
+const pressed = (button) => button.getAttribute("aria-pressed") === "true";
+
 function applyViews() {
-  const shown = question();
-  for (const name of ["raw", "diff", "unfold"]) {
-    const on = preference(name) === "on";
-    shown.toggleAttribute(`data-${name}`, on);
-    one(`[data-act=${name}]`, shown)?.setAttribute("aria-pressed", String(on));
-  }
+  for (const name of ["raw", "unfold"]) showAs(name, preference(name) === "on");
   const open = preference("unfold") === "on";
   all("[data-act=fold]").forEach((button) => fold(button, !open));
   all("details.earlier").forEach((details) => { details.open = open; });
+  showDifferences();
   makeReachable();
+}
+
+function showAs(name, on) {
+  question().toggleAttribute(`data-${name}`, on);
+  one(`[data-act=${name}]`)?.setAttribute("aria-pressed", String(on));
+}
+
+async function showDifferences() {
+  const shown = question();
+  if (!one("[data-act=diff]")) return;
+  const problem = preference("diff") === "on" ? await loadDifferences(shown) : "";
+  if (shown !== question()) return;
+  const wanted = preference("diff") === "on"; // which may have changed while they were on their way
+  showAs("diff", wanted && !problem);
+  aside(wanted && problem ? `No differences now. ${problem} You can answer all the same.` : "");
+}
+
+/** On a narrow page, a conversation leaves its room to the answers: all but its end are earlier messages. */
+function gatherEarlierTurns(shown) {
+  const earlier = one("details.earlier", shown);
+  const recent = all(".conversation > .chat > .turn", shown).slice(0, -1);
+  if (recent.length < 2) return;
+  one(".chat", earlier).append(...recent);
+  one("summary", earlier).textContent = `${all(".turn", earlier).length} earlier messages`;
+  one(".conversation > .chat", shown).start = all(".turn", earlier).length + 1;
+  earlier.hidden = false;
 }
 
 /** Keys must be able to scroll what is too wide; what is hidden has no width yet. */
@@ -157,7 +185,7 @@ function openGuidelines(open, focus = true) {
   button.setAttribute("aria-expanded", String(open));
   prefer("guidelines", open ? "on" : "off");
   makeReachable();
-  if (focus) (open ? one("#guidelines-title") : button).focus();
+  if (focus) (open ? one(".sheet", panel) : button).focus();
 }
 
 function showTheme(theme) {
@@ -180,19 +208,24 @@ function useKeys(on) {
 
 // -- clicks -----------------------------------------------------------------------------------------------------------
 
+function openHelp() {
+  one("#help").showModal();
+  one("#help").scrollTop = 0; // not where it was left
+}
+
 const rank = (button) => { if (answerable()) changeRanking(button.dataset.act, button.closest(".card")?.dataset.option); };
 
 const ACTS = {
   set,
   pick: rank, out: rank, up: rank, down: rank, level: rank, tie: rank, back: rank,
-  diff: () => flip("diff"),
-  raw: () => flip("raw"),
-  unfold: () => flip("unfold"),
+  diff: (button) => choose("diff", !pressed(button)),
+  raw: (button) => choose("raw", !pressed(button)),
+  unfold: (button) => choose("unfold", !pressed(button)),
   fold: (button) => fold(button, button.getAttribute("aria-expanded") === "true"),
   note: () => openNote(),
   guidelines: () => openGuidelines(one("#guidelines").hidden),
   theme: nextTheme,
-  help: () => one("#help").showModal(),
+  help: openHelp,
   close: () => one("#help").close(),
   keys: (box) => useKeys(box.checked),
 };
@@ -206,7 +239,7 @@ document.addEventListener("click", (event) => {
 
 /** The control that a key is for; with shift, a letter is for what does not answer. */
 function controlFor(key, shift) {
-  const controls = all("[data-key]").filter((c) => c.dataset.key.split(" ").includes(key) && !c.disabled && c.checkVisibility());
+  const controls = all("[data-key]").filter((c) => c.dataset.key.split(" ").includes(key) && !c.disabled && (c.checkVisibility() || c.matches("[data-always]")));
   const other = controls.find((control) => !control.matches("[data-pick]"));
   return shift && /^[a-z]$/.test(key) ? other : controls.find((control) => control.matches("[data-pick]")) ?? other;
 }

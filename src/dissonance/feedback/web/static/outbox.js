@@ -141,6 +141,6 @@ function refuse(entry, reason) {
   } else {
     refused.add(entry.fields.key);
     const away = () => { drop(entry); notice(""); };
-    notice(`The server did not take an earlier answer, of question ${entry.fields.query_id}: ${reason}`, true, [["Throw it away", away]]);
+    notice(`The server did not take an earlier answer: ${reason}`, true, [["Throw it away", away]]);
   }
 }

@@ -53,6 +53,9 @@ export function notice(text, bad = false, buttons = []) {
   place.append(line);
 }
 
+/** Say something about how the question is shown; without text, take it away. */
+export function aside(text) { const place = one("#aside"); if (place) place.textContent = text; }
+
 /** Say under the answers what is still missing. */
 export function hint(text) { const place = one("#hint"); if (place) place.textContent = text; }
 
