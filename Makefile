@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 	$(BIN)/dissonance demo --out demo
 
 test: $(INSTALLED) $(CHROMIUM) $(LABEL_STUDIO) $(ARGILLA)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -280,6 +280,9 @@ BAD_INPUT = {
     "a negative seed": ({"seed": -1}, "seed"),
     "a template without a prompt": ({"template": "Question:"}, "{prompt}"),
     "a reference without relative": ({"reference": "policy"}, "relative"),
+    "no policy": ({"policy": ""}, "--policy: "),
+    "no reward model": ({"reward-model": ""}, "--reward-model: "),
+    "no prompts": ({"prompts": ""}, "--prompts: "),
     "no such model": ({"policy": "./nothing"}, "./nothing"),
     "a prompt that is too long": ({"max-new-tokens": 63}, "leave no room"),
 }

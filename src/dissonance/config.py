@@ -18,7 +18,7 @@ class _Section(BaseModel):
 class PromptsConfig(_Section):
     """Where the prompts come from."""
 
-    source: str
+    source: str = Field(min_length=1)
     """A .jsonl(.gz), .json, .parquet or .csv(.gz) file, a saved `datasets` folder, or a `datasets` id."""
     split: str = "train"
     """For a `datasets` id."""
@@ -34,7 +34,7 @@ class PromptsConfig(_Section):
 class ModelConfig(_Section):
     """What loading any Hugging Face model needs."""
 
-    model: str
+    model: str = Field(min_length=1)
     """A hub id, a local folder, or a .gguf file."""
     adapter: str | None = None
     """A PEFT adapter on top of the model."""

@@ -197,7 +197,8 @@ def _parse(values: dict[str, Any]) -> RunConfig:
         if not dot or section not in prefixes:
             raise
         name, _, message = rest.partition(":")
-        raise SettingsError(f"{prefixes[section]}{name.replace('_', '-')}:{message}") from error
+        named = {"policy.model": "--policy", "prompts.source": "--prompts"}.get(f"{section}.{name}")
+        raise SettingsError(f"{named or prefixes[section] + name.replace('_', '-')}:{message}") from error
 
 
 def _unescape(template: str) -> str:
