@@ -1,6 +1,7 @@
 """What a run is told: one small frozen section per stage; unknown keys are errors."""
 
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -8,6 +9,8 @@ from dissonance.errors import SettingsError
 from dissonance.likelihood import Likelihood
 
 RewardKind = Literal["reward", "cost"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+PolicyMethod = Literal["rloo", "grpo", "dpo", "rso", "best_of_n"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -83,7 +86,149 @@ class RewardConfig(ModelConfig):
     """Tokens of a conversation that the model reads; by default as many as it can."""
 
 
-class RunConfig(_Section):
+class EvaluationConfig(_Section):
+    """Before and after, on held-out prompts."""
+
+    prompts: PromptsConfig | None = None
+    """Held-out prompts: none of them may be among those that were trained on."""
+    cluster_column: str | None = None
+    """A column of theirs that says which prompts are one question in other words, such as a sandbox's `gold_key`;
+    intervals take those as one."""
+    gold: RewardConfig | None = None
+    """The gold reward that grades; without one, the figures that need it are null."""
+    allow_annotator_as_grader: bool = False
+    """Whether the gold reward that grades may also be behind an annotator: in worlds whose gold is exact."""
+    n: int = Field(8, ge=2)
+    """Answers of each policy to each prompt."""
+    likelihood: Likelihood = "sum"
+    """What conflict is measured with, as in an audit."""
+    gold_tie: float = Field(0.0, ge=0)
+    """Gold rewards that differ by no more are a tie."""
+    bands: int = Field(10, ge=2)
+    """Bands of equally many pairs to give error rates by: ten are deciles."""
+    replicates: int = Field(4000, ge=200)
+    """Of the bootstrap."""
+    seed: int = Field(0, ge=0)
+    """Of the bootstrap."""
+
+
+class RewardTraining(_Section):
+    """How the reward model is refined."""
+
+    base: str | None = None
+    """Train from this model instead of going on from the current reward model: a causal LM gets a new head."""
+    lora_rank: int | None = Field(None, ge=1)
+    """Train a LoRA adapter of this rank on all linear layers, and the head; None trains every weight."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the original and the new pairs together; early stopping may end them before."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak, after a linear warm-up over a tenth of the steps; by default 1e-5, for LoRA 1e-4. It falls to zero."""
+    batch_size: int = Field(16, ge=1)
+    """Pairs in a step, on each device."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Steps that are added up before the weights change; the length penalty is taken within each."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice, to save memory."""
+    max_original: int | None = Field(None, ge=1)
+    """Of more original pairs than this, so many drawn at random."""
+    new_weight: float | None = Field(None, gt=0, lt=1)
+    """The share of all weight that the new pairs carry; by default original and new weigh as the square roots of what
+    they hold, so that 300 new pairs beside 2,000 carry 28 %."""
+    margin: float = Field(0.0, ge=0)
+    """By how much the better answer's reward is to lead."""
+    center: float = Field(0.0, ge=0)
+    """Coefficient that keeps rewards around 0; 0.01 is usual."""
+    safe_sign: float = Field(1.0, ge=0)
+    """Coefficient of a cost model's terms for the sign of its costs, above 0 unsafe, where safety is known."""
+    length_penalty: float = Field(0.0, ge=0)
+    """Coefficient that keeps rewards from telling the length of an answer."""
+    length_bins: int = Field(4, ge=2)
+    """Bins of equally many answers, by length, for the length penalty."""
+    max_left_out: float = Field(0.05, ge=0, le=1)
+    """Share of the pairs that may be left out for being longer than the model reads; more is an error."""
+    evaluations: int = Field(8, ge=1)
+    """How often the held-out pairs are evaluated during training; the best of these models is kept."""
+    patience: int = Field(3, ge=0)
+    """Stop after so many evaluations without a better held-out loss; 0 trains to the end."""
+    report_to: tuple[Tracker, ...] = ()
+    """Where TRL logs the training to."""
+
+
+class PolicyTraining(_Section):
+    """How the policy is trained against the reward model."""
+
+    method: PolicyMethod = "rloo"
+    """`rloo`, `grpo`: reinforcement learning; `dpo`: on the best and the worst of each prompt's answers; `rso`: on
+    pairs that rejection sampling kept; `best_of_n`: supervised fine-tuning on each prompt's best answer."""
+    steps: int = Field(100, ge=1)
+    """Updates of the weights."""
+    prompts_per_step: int = Field(16, ge=1)
+    """Prompts in a step; pairs for dpo and rso, answers for best_of_n; over all devices."""
+    n: int = Field(4, ge=2)
+    """Answers that rloo and grpo draw to each prompt of a step."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Rows in one forward pass on each device; by default all that a step has there."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """By default the start policy's."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the answers that rloo and grpo draw."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak; by default 1e-6, for best_of_n 1e-5; ten times as much for LoRA."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """How the learning rate goes on after the warm-up; all but the last end at 0."""
+    warmup: float = Field(0.1, ge=0, le=1)
+    """Share of the steps over which the learning rate rises."""
+    beta: float | None = Field(None, ge=0)
+    """Weight of the KL from the start policy; by default 0.05, for dpo and rso 0.1. best_of_n has none."""
+    missing_eos_penalty: float = Field(0.0, ge=0)
+    """Taken off the reward of an answer that ran into the limit of new tokens."""
+    rso_keep: int = Field(4, ge=2, multiple_of=2)
+    """Answers to each prompt that rejection sampling keeps."""
+    rso_beta: float = Field(0.5, gt=0)
+    """How soft rejection sampling is, in standard deviations of the reward within a prompt."""
+    lora_rank: int | None = Field(None, ge=1)
+    """Train a LoRA adapter of this rank on all linear layers; None trains every weight. A start policy that has an
+    adapter goes on with it, whatever its rank."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice, to save memory."""
+    check_every: int = Field(20, ge=1)
+    """Steps between checks: a check measures the policy, and keeps it if all is well. So is the last step."""
+    check_prompts: int = Field(64, ge=1)
+    """Prompts that a check asks, once each."""
+    max_kl: float | None = Field(50.0, gt=0)
+    """Stop when the KL from the start policy is above it, in nats per answer."""
+    max_length_ratio: float | None = Field(2.0, gt=1)
+    """Stop when answers are so many times as long as the start policy's, or as short."""
+    gold_margin: float = Field(0.0, ge=0, lt=0.5)
+    """How far above one half the reward model's accuracy on held-out gold pairs must be."""
+    gold_confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Of the one-sided test that says so."""
+    report_to: tuple[Tracker, ...] = ()
+    """Where TRL logs the training to."""
+    trl_arguments: dict[str, Any] = Field(default_factory=dict)
+    """More of TRL's own settings for the method's trainer, such as {"use_vllm": true}."""
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate, or its default."""
+        default = 1e-5 if self.method == "best_of_n" else 1e-6
+        return self.learning_rate or (default if self.lora_rank is None else 10 * default)
+
+    @property
+    def kl_coefficient(self) -> float:
+        """`beta`, or its default."""
+        if self.beta is not None:
+            return self.beta
+        return 0.1 if self.method in {"dpo", "rso"} else 0.05
+
+    @model_validator(mode="after")
+    def _preferences_need_beta(self) -> Self:
+        if self.method in {"dpo", "rso"} and self.beta == 0:
+            raise ValueError(f"{self.method} needs a beta above 0")
+        return self
+
+
+class AuditConfig(_Section):
     """Everything that decides an audit's numbers."""
 
     prompts: PromptsConfig
@@ -100,20 +245,128 @@ class RunConfig(_Section):
         return self
 
 
+class SelectionConfig(_Section):
+    """What people are asked about in each round."""
+
+    budget: int = Field(ge=1)
+    """Judgements: 1 for a comparison or a rating, N - 1 for a ranking of N."""
+    strategy: str = "shf_cas"
+    tau: float | str | None = None
+    """Least K of a prompt, or a quantile such as q0.9."""
+    delta: float | str | None = None
+    """Least |PACS| of a completion, likewise."""
+
+
+class FeedbackConfig(_Section):
+    """Who answers, and what becomes of the answers."""
+
+    annotator: Literal["people", "judge", "gold", "simulated"] = "people"
+    overlap: int = Field(1, ge=1)
+    """Annotators per query."""
+    enough: float = Field(1.0, gt=0, le=1)
+    """Share of a round's wanted answers at which it goes on."""
+    store: str | None = None
+    """Where labels are: postgresql://user@host/database, or a file; by default RUN/labels.db."""
+    method: Literal["majority", "dawid_skene", "dgr"] = "majority"
+    """How labels become preference pairs."""
+    min_pairs: int = Field(8, ge=1)
+    """Fewer preferences in a round are an error: nothing is learnt from them."""
+    reward_model: RewardConfig | None = None
+    """What `gold` and `simulated` answer by."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """More of the annotator's own: fields of `JudgeSettings`, `GoldSettings` or `SimulatedSettings`."""
+
+    @model_validator(mode="after")
+    def _rewards_go_with_who_needs_them(self) -> Self:
+        if (self.annotator in {"gold", "simulated"}) != (self.reward_model is not None):
+            raise ValueError(
+                "reward_model is what the annotators gold and simulated answer by, and goes with them alone"
+            )
+        if self.annotator == "people" and self.settings:
+            raise ValueError("settings are for judge, gold and simulated; people get theirs from `dissonance label`")
+        return self
+
+
+class PreferencesConfig(_Section):
+    """Preference pairs besides what is asked, in TRL's format: .jsonl, .jsonl.gz or .parquet."""
+
+    original: str | None = None
+    """What the reward model was trained on."""
+    held_out: str | None = None
+    """Pairs that nothing is trained on; by default, the share below of `original`."""
+    gold: str | None = None
+    """Pairs whose better answer is certain, which the reward model must rank above chance before a policy is trained
+    against it; by default, what is held out."""
+    held_out_share: float = Field(0.1, ge=0, lt=1)
+    """Share of the prompts whose pairs are held out: of those that people judged, and of `original`."""
+
+
+class RefineConfig(_Section):
+    """What is retrained."""
+
+    reward: RewardTraining = RewardTraining()
+    policy: PolicyTraining | None = PolicyTraining()
+    """null: the policy stays as it is."""
+
+
+class RoundsConfig(_Section):
+    """How often, and when it is enough."""
+
+    most: int = Field(1, ge=1)
+    min_conflict: float | None = Field(None, ge=0, le=1)
+    """Ask no more once this share of the prompts, or less, is in significant conflict."""
+    min_gain: float | None = Field(None, ge=0)
+    """Ask no more after a round in which a judgement raised the mean gold reward by less than this."""
+
+
+class RunConfig(AuditConfig):
+    """A whole run of SHF-CAS: audit, ask, retrain, evaluate, round after round."""
+
+    selection: SelectionConfig | None = None
+    """null: nothing is asked, and the policy is trained against the reward model as it is."""
+    feedback: FeedbackConfig = FeedbackConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    refine: RefineConfig = RefineConfig()
+    evaluation: EvaluationConfig | None = None
+    rounds: RoundsConfig = RoundsConfig()
+    trackers: tuple[Tracker, ...] = ()
+    """Where the trainings are logged to."""
+
+    @model_validator(mode="after")
+    def _rounds_have_what_they_need(self) -> Self:
+        graded = self.evaluation is not None and self.evaluation.gold is not None
+        if self.rounds.min_gain is not None and not graded:
+            raise ValueError("rounds.min_gain is a gain of gold reward: set evaluation.gold, or leave it out")
+        if self.selection is None and self.refine.policy is None:
+            raise ValueError(
+                "without selection and without refine.policy there is nothing to do: use `dissonance audit`"
+            )
+        if self.evaluation is not None and self.evaluation.prompts is None:
+            raise ValueError("evaluation needs prompts, which nothing is trained on: set evaluation.prompts.source")
+        return self
+
+
 Section = TypeVar("Section", bound=BaseModel)
 
 
-def parse_config(values: dict[str, Any]) -> RunConfig:
-    """Validate settings; the first thing that is wrong becomes a SettingsError of one line."""
-    return parse_section(RunConfig, values)
-
-
 def parse_section(section: type[Section], values: dict[str, Any]) -> Section:
-    """Validate one section's settings, likewise."""
+    """Validate settings; the first thing that is wrong becomes a SettingsError of one line."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
+        if first["type"] == "extra_forbidden":
+            raise SettingsError(f"{where}: there is no such setting{_meant(section, first['loc'])}") from error
         given = "" if isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"
         raise SettingsError(f"{where}: {first['msg'].removeprefix('Value error, ')}{given}") from error
+
+
+def _meant(section: type[BaseModel], where: tuple[int | str, ...]) -> str:
+    """The setting that was probably meant, for the error."""
+    for part in where[:-1]:
+        field = section.model_fields.get(str(part))
+        inner = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        section = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), section)
+    close = get_close_matches(str(where[-1]), section.model_fields, n=1)
+    return f": did you mean {close[0]}?" if close else f"; there are {', '.join(section.model_fields)}"

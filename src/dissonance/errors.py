@@ -1,6 +1,7 @@
 """Every error this package raises on purpose.
 
     DissonanceError           exit 1: something failed that the user's input does not explain
+    ├── LabelsDue             exit 3: a run waits for people
     └── InputError            exit 2: the user's input is wrong
         ├── DataError         a file or a value in it: prompts, scores, rewards
         ├── ModelError        a policy or reward model that cannot be used as asked
@@ -16,6 +17,16 @@ class DissonanceError(Exception):
     """Root of the tree; `exit_code` is what the command line exits with."""
 
     exit_code = 1
+
+
+class LabelsDue(DissonanceError):  # noqa: N818 - nothing is wrong
+    """A run waits for people's answers; everything before is done and stays."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, round_number: int, answered: int, wanted: int) -> None:
+        super().__init__(message)
+        self.round_number, self.answered, self.wanted = round_number, answered, wanted
 
 
 class InputError(DissonanceError):

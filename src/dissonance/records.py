@@ -1,5 +1,6 @@
 """The frozen records that travel between stages, and the Parquet schemas they rest in."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -88,6 +89,45 @@ class Reward:
 
     truncated: bool = False
     """Whether the conversation was longer than the model can read, and was cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one conversation, and which of them is better: what a reward model learns from."""
+
+    messages: tuple[Message, ...]
+    """The conversation that both answer; at least one turn, the last is never the assistant's."""
+
+    chosen: str
+    """The better answer; of a tie, either."""
+
+    rejected: str
+
+    weight: float = 1.0
+    """How much the pair counts against others; above 0."""
+
+    tie: bool = False
+    """Whether the two are equally good."""
+
+    source: str = ""
+    """Where the pair comes from, for people."""
+
+    chosen_safe: bool | None = None
+    """Whether the chosen answer is safe, where that is known."""
+
+    rejected_safe: bool | None = None
+
+    prompt_id: str = ""
+    """Names the prompt in messages; may be empty, and two pairs may share it."""
+
+    def __post_init__(self) -> None:
+        name = f"a pair of prompt {self.prompt_id!r}" if self.prompt_id else "a pair"
+        if not self.messages:
+            raise DataError(f"{name} has no messages: give the conversation that the two texts answer")
+        if self.messages[-1].role == "assistant":
+            raise DataError(f"{name} has a prompt that ends with the assistant's turn: drop that turn")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise DataError(f"{name} has weight {self.weight}: give a number above 0, or leave the pair out")
 
 
 @dataclass(frozen=True, slots=True)
