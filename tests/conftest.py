@@ -17,6 +17,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GPTNeoXForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -75,6 +76,9 @@ POLICIES: dict[str, Callable[[], torch.nn.Module]] = {
 CLASSIFIERS: dict[str, Callable[..., torch.nn.Module]] = {
     "llama": lambda **kw: LlamaForSequenceClassification(LlamaConfig(**_LLAMA, **kw)),
     "gpt2": lambda **kw: GPT2ForSequenceClassification(GPT2Config(**_GPT2, **kw)),
+    "gpt_neox": lambda **kw: GPTNeoXForSequenceClassification(
+        GPTNeoXConfig(**{**_LLAMA, "num_key_value_heads": 4}, **kw)
+    ),
     "bert": lambda **kw: BertForSequenceClassification(
         BertConfig(
             vocab_size=90,

@@ -110,8 +110,8 @@ def test_truncation_is_reported_and_keeps_the_answer(reward_folder: Path) -> Non
 def test_an_encoder_keeps_its_first_token_and_the_separator_when_it_cuts(make_reward_model: Any) -> None:
     model = HFRewardModel(config(make_reward_model("bert"), max_length=8))
     prompt, answer = range(10, 20), range(30, 34)
-    assert model._cut((1, *prompt, 2, *answer, 2)) == (1, 19, 2, *answer, 2)
-    assert model._cut((1, *prompt, 2, *range(30, 50), 2)) == (1, 2, *range(45, 50), 2)
+    assert model._classifier.cut((1, *prompt, 2, *answer, 2)) == (1, 19, 2, *answer, 2)
+    assert model._classifier.cut((1, *prompt, 2, *range(30, 50), 2)) == (1, 2, *range(45, 50), 2)
     reward = model.score([(Message("user", " ".join(WORDS[:60])),)], [" ".join(WORDS[:60])])[0]
     assert reward.truncated
 
@@ -126,7 +126,7 @@ def test_out_of_memory_halves_the_batch_of_the_reward_model(reward_folder: Path)
         if sizes[-1] > 3:
             raise torch.OutOfMemoryError("too many rows")
 
-    model._model.register_forward_pre_hook(check, with_kwargs=True)
+    model._classifier.model.register_forward_pre_hook(check, with_kwargs=True)
     assert values(model) == pytest.approx(whole, abs=1e-6)
     assert max(sizes) > 3
 

@@ -1,7 +1,6 @@
 """Prompts -> completions with their log-likelihoods.
 
 hf.py       a Hugging Face causal LM as a policy: batches, out-of-memory; and as a reference model
-encode.py   prompts to token ids
 decode.py   the decoding loop over a shared prefix, and teacher forcing for a reference model
 draw.py     one token per row by inverse CDF from keyed uniforms, and its raw log-probability
 cache.py    a key-value cache that does not move as it grows

@@ -3,26 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-
 from dissonance.config import PolicyConfig
 from dissonance.errors import DataError, DissonanceError, ModelError
 from dissonance.huggingface import (
-    base_and_adapter,
     free_memory,
     is_out_of_memory,
     load_tokenizer,
-    loading,
     resolve_device,
-    resolve_dtype,
-    resolve_source,
     resolve_tokens_per_batch,
 )
+from dissonance.language_model import PromptEncoder, end_ids, load_language_model
 from dissonance.records import Completion, FinishReason, Prompt
 from dissonance.sampling.decode import Drawn, decode, teacher_force
 from dissonance.sampling.draw import stack_uniforms
-from dissonance.sampling.encode import PromptEncoder
 
 
 class HFPolicy:
@@ -39,8 +32,8 @@ class HFPolicy:
         self._device = resolve_device(config.device)
         self._budget = resolve_tokens_per_batch(config, self._device)
         self._encode = PromptEncoder(config)
-        self._model = _load(config, self._device, "policy").to(self._device)
-        self._eos_ids = _eos_ids(self._model, self._encode.tokenizer)
+        self._model = load_language_model(config, "policy").to(self._device)
+        self._eos_ids = end_ids(self._model, self._encode.tokenizer)
         self._row_limit: int | None = None
 
     def plan(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
@@ -138,7 +131,7 @@ class HFReference:
             raise ModelError(
                 f"reference: {reference} has another vocabulary than the policy: use the policy's own base"
             )
-        self._model = _load(own, self._device, "reference")
+        self._model = load_language_model(own, "reference")
 
     def logprobs(self, prompts: Sequence[Prompt], token_ids: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
         """Sums of log pi_ref over token_ids[i][j], nats; every prompt has equally many completions.
@@ -167,38 +160,3 @@ class HFReference:
         half = len(token_ids[0]) // 2
         parts = (self._logprobs(prompts, [some]) for some in (token_ids[0][:half], token_ids[0][half:]))
         return [[value for part in parts for value in part[0]]]
-
-
-def _load(config: PolicyConfig, device: torch.device, role: str) -> PreTrainedModel:
-    """A causal LM in eval mode, still in main memory, its adapter merged."""
-    name, adapter = base_and_adapter(config, role)
-    source = resolve_source(name, role)
-    with loading(role, config.model):
-        known = AutoConfig.from_pretrained(source.name, trust_remote_code=config.trust_remote_code, **source.kwargs)
-        architecture = (known.architectures or [""])[0]
-        if architecture.endswith("ForSequenceClassification"):
-            raise ModelError(f"{role}: {name} is a classifier ({architecture}), not a causal LM")
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.name, dtype=resolve_dtype(config.dtype, device), output_loading_info=True,
-            trust_remote_code=config.trust_remote_code, **source.model_kwargs(),
-        )  # fmt: skip
-        if info["missing_keys"]:
-            raise ModelError(f"{role}: {name} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}")
-        if adapter is not None:
-            from peft import PeftConfig, PeftModel
-
-            task = PeftConfig.from_pretrained(adapter).task_type
-            if task not in (None, "CAUSAL_LM"):
-                raise ModelError(f"{role}: {adapter} is an adapter for {task}, not for a causal LM")
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    return model.eval()
-
-
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends a completion: the generation config's ids and the tokenizer's."""
-    configured = model.generation_config.eos_token_id
-    ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
-    known = sorted(i for i in ids if i is not None)
-    if not known:
-        raise ModelError("policy: neither its generation config nor its tokenizer names an end-of-sequence token")
-    return known
