@@ -51,6 +51,9 @@ class Pool:
     text_codes: IntArray
     """(R,): within a prompt, equal if and only if the texts are."""
 
+    member_rewards: FloatArray | None = None
+    """(R, K): the rewards of an ensemble's K >= 2 members, where there is one."""
+
     def __post_init__(self) -> None:
         self._check_shapes()
         self._check_values()
@@ -93,6 +96,9 @@ class Pool:
         for name, length in (per_prompt | per_row).items():
             if getattr(self, name).shape != (length,):
                 raise DataError(f"pool: {name} has shape {getattr(self, name).shape}, expected ({length},)")
+        members = self.member_rewards
+        if members is not None and (members.ndim != 2 or len(members) != n_rows or members.shape[1] < 2):
+            raise DataError(f"pool: member_rewards has shape {members.shape}, expected ({n_rows}, 2 or more)")
         if self.offsets[0] != 0 or self.offsets[-1] != n_rows:
             raise DataError(f"pool: offsets run from {self.offsets[0]} to {self.offsets[-1]}, expected 0 to {n_rows}")
         self._refuse_prompts(np.diff(self.offsets) < 1, "has no completions: score it, or leave it out")
@@ -104,6 +110,10 @@ class Pool:
         self._refuse_prompts(~((k >= 0) & (k <= 1)), "has a kendall_tau_distance outside [0, 1]")
         for name in ("reward", "loglikelihood", "pacs"):
             self._refuse_rows(~np.isfinite(getattr(self, name)), f"has a {name} that is not a finite number")
+        if self.member_rewards is not None:
+            self._refuse_rows(
+                np.asarray(~np.isfinite(self.member_rewards).all(axis=1)), "has member_rewards that are no numbers"
+            )
         order = np.lexsort((self.completion_ids, self.prompt_of))
         ids, prompts = self.completion_ids[order], self.prompt_of[order]
         repeated = np.zeros(len(order), dtype=bool)
@@ -142,6 +152,7 @@ def pool_from_tables(prompts: pa.Table, completions: pa.Table, likelihood: Likel
         loglikelihood=loglikelihood(completions, likelihood)[order],
         pacs=_numbers(completions, "pacs", pa.float64())[order],
         text_codes=_text_codes(completions)[order],
+        member_rewards=None if (members := _member_rewards(completions)) is None else members[order],
     )
 
 
@@ -151,6 +162,19 @@ def _numbers(table: pa.Table, name: str, dtype: pa.DataType) -> NDArray[Any]:
         raise DataError(f"prompt {table['prompt_id'][row].as_py()!r} has no {name}")
     values: NDArray[Any] = table[name].cast(dtype).to_numpy()
     return values
+
+
+def _member_rewards(completions: pa.Table) -> FloatArray | None:
+    """The optional column `member_rewards`, one list of equally many rewards for each completion."""
+    if "member_rewards" not in completions.column_names or not len(completions):
+        return None
+    column = completions["member_rewards"].combine_chunks()
+    lengths = pc.list_value_length(column)
+    if lengths.null_count or pc.min(lengths).as_py() != pc.max(lengths).as_py():
+        raise DataError("member_rewards holds lists of different lengths: score all completions with the same models")
+    flat = column.flatten().cast(pa.float64()).to_numpy(zero_copy_only=False)
+    members: FloatArray = flat.reshape(len(completions), lengths[0].as_py())
+    return members
 
 
 def _text_codes(completions: pa.Table) -> IntArray:

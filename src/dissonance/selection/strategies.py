@@ -3,7 +3,8 @@
 All spend the same currency, judgements: 1 for a rating or a comparison, N-1 for a ranking of N. None exceeds the
 budget; each spends all of it if there is enough to ask. Ties are broken by `rng`, since an order by position would
 favour whatever stands first in the file. Degenerate prompts have no conflict, so that `shf_cas`, `discordant`,
-`pacs` and `kendall` leave them out; `random_prompts`, `random_pairs` and `margin`, which measure no conflict, do not.
+`pacs` and `kendall` leave them out; `random_prompts`, `random_pairs`, `margin` and `ensemble`, which measure no
+conflict, do not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dissonance.errors import SettingsError
 from dissonance.records import Query, QueryKind
 from dissonance.selection.pool import FloatArray, IntArray, Pool
 from dissonance.selection.thresholds import Thresholds
@@ -72,17 +74,27 @@ def discordant(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.G
 
 def margin(pool: Pool, budget: int, _thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
     """Compare the pairs whose rewards are closest, where the reward model is least certain."""
-    blocks = []
-    for block in pairs(pool, np.arange(len(pool))):
-        margins, ties = np.abs(pool.reward[block[0]] - pool.reward[block[1]]), rng.random(len(block[0]))
-        kept = _smallest(margins, ties, budget)
-        blocks.append((*(side[kept] for side in block), margins[kept], ties[kept]))
-    if not blocks:
-        return []
-    first, second, margins, ties = (np.concatenate(column) for column in zip(*blocks, strict=True))
+    chosen = _lowest_pairs(pool, budget, rng, lambda i, j: np.abs(pool.reward[i] - pool.reward[j]))
+    return [_comparison(pool, i, j, -gap, f"rewards only {gap:.3g} apart") for i, j, gap in chosen]
+
+
+def ensemble(pool: Pool, budget: int, _thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
+    """Compare the pairs on whose reward difference an ensemble of reward models disagrees most.
+
+    By the standard deviation over the members of r(i) - r(j). The variances of single rewards would not do: a
+    Bradley-Terry reward is known up to what it adds to all answers of a prompt, and members differ in that too.
+    """
+    members = pool.member_rewards
+    if members is None:
+        raise SettingsError(
+            "strategy 'ensemble' needs what several reward models say: add their rewards as the column member_rewards "
+            "of completions.parquet (dissonance.refine.ensemble), or choose another strategy"
+        )
+    n_members = members.shape[1]
+    chosen = _lowest_pairs(pool, budget, rng, lambda i, j: -(members[i] - members[j]).std(axis=1))
     return [
-        _comparison(pool, first[k], second[k], -margins[k], f"rewards only {margins[k]:.3g} apart")
-        for k in _smallest(margins, ties, budget)
+        _comparison(pool, i, j, -low, f"{n_members} reward models differ by {-low:.3g} (sd) on which is better")
+        for i, j, low in chosen
     ]
 
 
@@ -109,6 +121,7 @@ STRATEGIES: dict[str, Strategy] = {
     "random_prompts": random_prompts,
     "random_pairs": random_pairs,
     "margin": margin,
+    "ensemble": ensemble,
 }
 
 
@@ -135,6 +148,21 @@ def pairs(pool: Pool, prompts: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
         for start in range(0, len(members), step):
             block = pool.answers[pool.answer_offsets[members[start : start + step], None] + np.arange(n)]
             yield block[:, i].ravel(), block[:, j].ravel()
+
+
+def _lowest_pairs(
+    pool: Pool, budget: int, rng: np.random.Generator, measure: Callable[[IntArray, IntArray], FloatArray]
+) -> list[tuple[int, int, float]]:
+    """Pairs of distinct answers with the lowest measure of (first, second), flat indices, rising; ties at random."""
+    blocks = []
+    for block in pairs(pool, np.arange(len(pool))):
+        values, ties = measure(*block), rng.random(len(block[0]))
+        kept = _smallest(values, ties, budget)
+        blocks.append((*(side[kept] for side in block), values[kept], ties[kept]))
+    if not blocks:
+        return []
+    first, second, values, ties = (np.concatenate(column) for column in zip(*blocks, strict=True))
+    return [(int(first[k]), int(second[k]), float(values[k])) for k in _smallest(values, ties, budget)]
 
 
 def _falling(values: FloatArray, rng: np.random.Generator) -> IntArray:

@@ -1,0 +1,49 @@
+"""What a policy's training needs around TRL: quiet, calling nobody, and leaving the process as it was."""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+
+from dissonance.config import Tracker
+from dissonance.errors import SettingsError
+from dissonance.huggingface import quiet_transformers
+from dissonance.refine.isolation import isolated
+
+_TENSORBOARD = "TENSORBOARD_LOGGING_DIR"
+
+
+@contextmanager
+def training_session(out: Path, seed: int) -> Iterator[None]:
+    """Keep the libraries from talking and from calling home, and put back what they set.
+
+    TensorBoard's files, where they are asked for, go to a folder beside `out`, unless its environment variable says
+    otherwise.
+    """
+    telemetry, bars = huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY, datasets.is_progress_bar_enabled()
+    environment = dict(os.environ)
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+    datasets.disable_progress_bars()
+    os.environ.setdefault(_TENSORBOARD, str(out.parent / "tensorboard" / out.name))
+    try:
+        with isolated(seed), quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = telemetry
+        if bars:
+            datasets.enable_progress_bars()
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def check_trackers(report_to: Sequence[Tracker]) -> None:
+    """Raise SettingsError if the package of a tracker is not installed."""
+    for name in report_to:
+        if importlib.util.find_spec(name) is None:
+            raise SettingsError(f"report_to: {name} is not installed: pip install {name}")
