@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import kendalltau
 
 from conftest import WORDS
-from dissonance import RunConfig, audit, cli, kendall_tau_distance, pacs, select
+from dissonance import AuditConfig, audit, cli, kendall_tau_distance, pacs, select
 from dissonance.artifacts import create_run
 from dissonance.config import PolicyConfig
 from dissonance.errors import DataError, RunError, SettingsError
@@ -46,9 +46,9 @@ def audit_arguments(policy: Path, reward: Path | str, prompts: Path, **options: 
     return ["audit", *(str(x) for name, value in settings.items() for x in (f"--{name}", value))]
 
 
-def config(policy: Path, reward: Path | str, prompts: Path, **settings: Any) -> RunConfig:
+def config(policy: Path, reward: Path | str, prompts: Path, **settings: Any) -> AuditConfig:
     policy_settings = {"model": str(policy), "n": 4, "max_new_tokens": 10, "tokens_per_batch": 200}
-    return RunConfig.model_validate(
+    return AuditConfig.model_validate(
         {
             "prompts": {"source": str(prompts)},
             "policy": {**policy_settings, **settings.pop("sampling", {})},

@@ -1,10 +1,10 @@
-"""Find the answers on which a reward model and a policy disagree, and ask people about exactly those.
+"""Find the answers on which a reward model and a policy disagree, ask people about exactly those, and retrain both.
 
-    prompts -> completions -> rewards -> conflicts -> queries -> labels -> pairs
-    prompts.py  sampling/     rewards/   conflict.py  selection/ feedback/
+    prompts -> completions -> rewards -> conflicts -> queries -> labels -> pairs -> reward model -> policy -> evaluation
+    prompts.py  sampling/     rewards/   conflict.py  selection/ feedback/          refine/                   evaluate/
 
-`loop.py` and `labelling.py` compose the stages, `artifacts.py` keeps what they leave, `report/` shows it, `cli/` is the
-command line.
+`loop.py` is the method, round after round; `measuring.py`, `labelling.py`, `round_labels.py` and `round_training.py`
+compose its stages, `artifacts.py` keeps what they leave, `report/` shows it, `cli/` is the command line.
 The method and its metrics are from "Targeting Misalignment" (Liu, Khajavi, Jiang, Liu; arXiv 2512.09212).
 """
 
@@ -14,31 +14,40 @@ from typing import TYPE_CHECKING, Any
 from dissonance.errors import DissonanceError
 
 if TYPE_CHECKING:
-    from dissonance.config import RunConfig
+    from dissonance.config import AuditConfig, RunConfig
     from dissonance.conflict import kendall_null, kendall_p_value, kendall_tau_distance, pacs
-    from dissonance.loop import audit, conflicts, select
+    from dissonance.loop import evaluate, refine, run
+    from dissonance.measuring import audit, conflicts, select
 
 __version__ = version("dissonance")
 __all__ = [
+    "AuditConfig",
     "DissonanceError",
     "RunConfig",
     "audit",
     "conflicts",
+    "evaluate",
     "kendall_null",
     "kendall_p_value",
     "kendall_tau_distance",
     "pacs",
+    "refine",
+    "run",
     "select",
 ]
 _LAZY = {
+    "AuditConfig": "config",
     "RunConfig": "config",
-    "audit": "loop",
-    "conflicts": "loop",
+    "audit": "measuring",
+    "conflicts": "measuring",
+    "evaluate": "loop",
     "kendall_null": "conflict",
     "kendall_p_value": "conflict",
     "kendall_tau_distance": "conflict",
     "pacs": "conflict",
-    "select": "loop",
+    "refine": "loop",
+    "run": "loop",
+    "select": "measuring",
 }
 
 

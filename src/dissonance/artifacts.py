@@ -15,7 +15,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -202,6 +203,53 @@ class Run:
         ledger = self.ledger
         ledger["stages"][stage] = {"finished": _now(), **facts}
         write_json(self.path / "run.json", ledger)
+
+
+class Stages:
+    """The stages of one round, each with a fingerprint of its settings and of all that came before it."""
+
+    def __init__(self, run: Run, number: int, before: object) -> None:
+        self.run, self.number = run, number
+        self.folder = run.round(number)
+        self._mark = fingerprint(before)
+
+    def done(
+        self, stage: str, settings: object, make: Callable[[], Mapping[str, Any]], leaves: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """What a stage came to; it is only run if it was not before, or a file that it leaves is gone.
+
+        Args:
+            stage: its name.
+            settings: JSON; whatever decides its result besides the stages before.
+            make: runs it.
+            leaves: files and folders of the round that it leaves. Of a killed run they may be there without an entry:
+                they are removed then.
+
+        Raises:
+            RunError: the stage was run with other settings.
+        """
+        name = stage_name(stage, self.number)
+        self._mark = fingerprint([self._mark, stage, settings])
+        entry = self.run.finished(name)
+        if entry is not None and entry.get("fingerprint") != self._mark:
+            raise RunError(
+                f"{self.run.path}: {stage} of round {self.number} was run with other settings: take those, or make "
+                "another run"
+            )
+        if entry is not None and all((self.folder / left).exists() for left in leaves):
+            return dict(entry["summary"])
+        for left in leaves:
+            if (self.folder / left).is_dir():
+                shutil.rmtree(self.folder / left)
+        start = time.perf_counter()
+        found = dict(make())
+        self.run.finish(name, fingerprint=self._mark, summary=found, seconds=time.perf_counter() - start)
+        return found
+
+
+def stage_name(stage: str, number: int) -> str:
+    """How `run.json` names a stage of a round."""
+    return f"{stage}-{number:03d}" if number else stage
 
 
 def matching_run(path: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Run | None:

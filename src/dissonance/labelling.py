@@ -18,7 +18,7 @@ from dissonance.feedback.annotators.simulated import SimulatedAnnotator, Simulat
 from dissonance.feedback.exchange import ImportFormat
 from dissonance.feedback.gold_questions import other_kinds, read_gold_questions
 from dissonance.feedback.overview import overview
-from dissonance.feedback.pairs import Method
+from dissonance.feedback.pairs import Aggregation, Method
 from dissonance.feedback.store import Progress, Store
 from dissonance.feedback.web.settings import LabelSettings
 from dissonance.progress import ProgressFactory, quiet
@@ -265,17 +265,11 @@ def export_pairs(
     """
     out = Path(out)
     check_free(run, out, store)
-    with labels_of(run, store, reading=True) as opened:
-        gold = opened.gold()
-        questions = _of_round(run, opened.questions(retired=True), gold, round_number)
-        labels = [label for label in opened.labels() if label.query_id in questions]
-    found = aggregate(labels, questions, gold, method, only=only, exclude=exclude)
+    found, questions = aggregated(run, method, only=only, exclude=exclude, round_number=round_number, store=store)
     if not found.pairs:
         raise DataError(f"the labels of {run} come to no preference: {'; '.join(found.explanation)}")
     with _atomic_file(out) as temporary:
-        written = exchange.write_preferences(
-            temporary, found.pairs, list(questions.values()), suffix=out.suffix, ties=ties
-        )
+        written = exchange.write_preferences(temporary, found.pairs, questions, suffix=out.suffix, ties=ties)
     return {
         "format": "trl",
         "method": method,
@@ -286,6 +280,23 @@ def export_pairs(
         "left_out": dict(found.left_out),
         "explanation": list(found.explanation),
     }
+
+
+def aggregated(
+    run: Path | str,
+    method: Method,
+    *,
+    only: Collection[str] = (),
+    exclude: Collection[str] = (),
+    round_number: int | None = None,
+    store: str | None = None,
+) -> tuple[Aggregation, list[Question]]:
+    """What the labels of a round, or of all, come to, and the questions that they answer."""
+    with labels_of(run, store, reading=True) as opened:
+        gold = opened.gold()
+        questions = _of_round(run, opened.questions(retired=True), gold, round_number)
+        labels = [label for label in opened.labels() if label.query_id in questions]
+    return aggregate(labels, questions, gold, method, only=only, exclude=exclude), list(questions.values())
 
 
 def export_labels(

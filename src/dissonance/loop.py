@@ -1,291 +1,311 @@
-"""The method in prose: what each command does, one line per stage."""
+"""SHF-CAS in prose: one round, one line per stage; and round after round, across the pauses in which people answer."""
 
-import shutil
-import time
 from collections.abc import Mapping
-from dataclasses import asdict
-from math import isfinite
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from dissonance.artifacts import (
     Parts,
     Run,
+    Stages,
     create_run,
+    fingerprint,
     matching_run,
     open_run,
-    read_table,
     source_fingerprint,
+    stage_name,
     write_json,
-    write_table,
 )
-from dissonance.config import RewardConfig, RewardKind, RunConfig
-from dissonance.errors import DataError, InputError, SettingsError
+from dissonance.checks import check
+from dissonance.config import AuditConfig, RunConfig, parse_section
+from dissonance.errors import LabelsDue, RunError
+from dissonance.measuring import audit_inputs, audit_settings, choose, measure_round, prepare, reward_source
 from dissonance.progress import ProgressFactory, quiet
-from dissonance.prompts import LoadedPrompts, load_prompts, prompts_fingerprint
-from dissonance.records import Prompt
+from dissonance.prompts import LoadedPrompts, load_prompts
 from dissonance.report import write_report
-from dissonance.sandbox import Task, World, build_sandbox
-from dissonance.scored import ScoredLikelihood, measure_scored
-from dissonance.selection import Strategy, parse_threshold, pool_from_tables, queries_table
-from dissonance.selection import select as select_queries
-from dissonance.stages import (
-    conflict_keys,
-    measure_conflicts,
-    plan_batches,
-    round_length_correlation,
-    sample_completions,
-    score_completions,
-    score_reference,
+from dissonance.round_labels import PAIRS, answer_round, wait_for_answers, write_round_pairs
+from dissonance.round_training import (
+    POLICY,
+    REWARD_MODEL,
+    check_evaluation,
+    evaluate_round,
+    models_of_round,
+    pairs_of_round,
+    refine_policy_of_round,
+    refine_reward_of_round,
 )
 
+_TIMES = ("seconds", "tokens_per_second")
 
-def audit(config: RunConfig, out: Path | str, progress: ProgressFactory = quiet) -> dict[str, Any]:
-    """Sample a policy, score its completions, and find where the reward model and the policy disagree.
 
-    Leaves `completions.parquet` and `prompts.parquet` in OUT/round-000, `summary.json` and `report.html` in OUT. Run
-    again after an interruption, it goes on where it was; after it is done, it returns what it found.
+def run(
+    config: RunConfig,
+    out: Path | str,
+    *,
+    wait: bool = False,
+    report: bool = True,
+    progress: ProgressFactory = quiet,
+) -> dict[str, Any]:
+    """Audit, ask, retrain and evaluate, round after round.
+
+    Killed or stopped anywhere, it goes on where it was. With people as annotators it stops where their answers are due.
 
     Args:
         config: the settings.
         out: the run folder.
+        wait: whether to stay, and go on when people have answered.
+        report: whether to write `report.html`, which takes seconds.
         progress: opens the progress of each stage.
 
     Returns:
-        What `summary.json` holds.
+        What `summary.json` holds: `rounds`, and why there are no more.
 
     Raises:
-        InputError: a setting, the prompts or a model is wrong; nothing was written.
+        LabelsDue: people have not answered enough yet, and `wait` is not set.
+        InputError: a setting, a file or a model is wrong; what was there before is as it was.
     """
-    # PyTorch and Transformers are loaded here, so that measuring and selecting need not wait for them.
-    from dissonance.huggingface import free_memory
-    from dissonance.rewards import load_reward_model
-    from dissonance.sampling import HFPolicy, HFReference
-
-    out = Path(out)
-    loaded = load_prompts(**config.prompts.model_dump(), seed=config.seed)
-    settings, inputs = _settings(config), _inputs(config, loaded)
-    if (done := _finished(out, "audit", settings, inputs)) is not None:
-        return done
-
-    _check_reward_model(config.reward_model, loaded.prompts[0])
-    policy = HFPolicy(config.policy, config.seed)
-    batches = plan_batches(policy, loaded.prompts)
-    reference = None if config.policy.reference is None else HFReference(config.policy, config.policy.reference)
-
-    with create_run(out, "audit", settings, inputs) as run:
-        n = config.policy.n
-        sample_completions(run, policy, batches, n, progress)
-        del policy
-        free_memory()
-        if reference is not None:
-            score_reference(run, reference, batches, n, progress)
-            del reference
-            free_memory()
-        score_completions(run, load_reward_model(config.reward_model), batches, n, progress)
-        found = measure_conflicts(run, loaded.prompts, batches, n, config.likelihood)
-        return _conclude(run, "audit", {**found, "duplicates": loaded.n_duplicates})
-
-
-def _finished(out: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any] | None:
-    """What the command found before, if all that it leaves is still there."""
-    run = matching_run(out, command, settings, inputs)
-    done = None if run is None else run.finished(command)
-    left = ("summary.json", "report.html", "round-000/prompts.parquet", "round-000/completions.parquet")
-    if done is None or not all((out / name).is_file() for name in left):
-        return None
-    return dict(done["summary"])
-
-
-def _check_reward_model(config: RewardConfig, prompt: Prompt) -> None:
-    """Score one text: a model that cannot is found out before the sampling, and leaves its memory to the policy."""
-    from dissonance.huggingface import free_memory
-    from dissonance.rewards import load_reward_model
-
-    load_reward_model(config).score([prompt.messages], [prompt.messages[-1].content])
-    free_memory()
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    from dissonance.huggingface import resolved
-
-    reward = {} if ":" in config.reward_model.model else {"reward_model": resolved(config.reward_model)}
-    return {**config.model_dump(), "resolved": {"policy": resolved(config.policy), **reward}}
-
-
-def _inputs(config: RunConfig, loaded: LoadedPrompts) -> dict[str, str]:
-    from dissonance.huggingface import base_and_adapter
-
-    models = {
-        "policy.model": config.policy.model,
-        "policy.adapter": config.policy.adapter,
-        "policy.reference": config.policy.reference,
-        "reward_model.model": _reward_source(config.reward_model.model),
-        "reward_model.adapter": config.reward_model.adapter,
-    }
-    for name, section in {"policy": config.policy, "reward_model": config.reward_model}.items():
-        base, _ = base_and_adapter(section, name)
-        models[f"{name}.base"] = None if base == section.model else base
-    prints = {name: source_fingerprint(source) for name, source in models.items() if source is not None}
-    return {"prompts": prompts_fingerprint(loaded.prompts), **prints}
-
-
-def _reward_source(name: str) -> str:
-    from dissonance.rewards import function_source
-
-    return str(function_source(name) or name) if ":" in name else name
-
-
-def conflicts(
-    scored: Path | str,
-    out: Path | str,
-    *,
-    reward_kind: RewardKind = "reward",
-    likelihood: ScoredLikelihood = "sum",
-    progress: ProgressFactory = quiet,
-) -> dict[str, Any]:
-    """Measure conflict in scores that the user brings.
-
-    Args:
-        scored: rows of prompt_id, completion_id, logprob, reward, as `dissonance.scored` reads them.
-        out: the run folder; its round-000 gets the two tables, and `select` and `report` work on it.
-        reward_kind: `cost` negates the rewards.
-        likelihood: `mean` divides by n_tokens.
-        progress: opens the progress of the stage.
-
-    Returns:
-        What `summary.json` holds.
-
-    Raises:
-        InputError: the scores cannot be used; nothing was written.
-    """
-    scored, out = Path(scored), Path(out)
-    settings = {"scored": str(scored), "reward_kind": reward_kind, "likelihood": likelihood}
-    if not scored.exists():
-        raise DataError(f"{scored}: no such file or folder")
-    inputs = {"scored": source_fingerprint(str(scored))}
-    if (done := _finished(out, "conflicts", settings, inputs)) is not None:
-        return done
-    start = time.perf_counter()
-    with create_run(out, "conflicts", settings, inputs) as run:
+    while True:
         try:
-            with progress("measuring", None, "completions") as advance:
-                found = measure_scored(
-                    scored,
-                    run.round() / "prompts.parquet",
-                    run.round() / "completions.parquet",
-                    reward_kind=reward_kind,
-                    likelihood=likelihood,
-                    on_progress=advance,
-                )
-        except InputError:
-            if run.fresh:
-                shutil.rmtree(out)
-            raise
-        rho = round_length_correlation(run.round())
-        keys = {**conflict_keys(found), "length_correlation": rho, "seconds": time.perf_counter() - start}
-        return _conclude(run, "conflicts", keys)
+            return _go_on(config, Path(out), progress, report=report)
+        except LabelsDue as due:
+            if not wait:
+                raise
+            wait_for_answers(Path(out), due, config.feedback, progress)
 
 
-def select(
-    run: Path | str,
-    *,
-    budget: int,
-    strategy: str | Strategy = "shf_cas",
-    tau: float | str | None = None,
-    delta: float | str | None = None,
-    seed: int = 0,
-    round_number: int | None = None,
-) -> dict[str, Any]:
-    """Choose what to ask people about; writes `queries.parquet` beside the tables of the round.
+def _go_on(config: RunConfig, out: Path, progress: ProgressFactory, *, report: bool) -> dict[str, Any]:
+    check(config)
+    loaded = _prompts(config, 0)
+    settings, inputs = audit_settings(config), _inputs(config, loaded)
+    before = matching_run(out, "run", settings, inputs)
+    if before is not None and (done := before.finished("run")) is not None:
+        return dict(done["summary"])
+    if before is None:
+        check_evaluation(config, loaded.prompts, pairs_of_round(Run(out), -1, config.preferences))
+    with create_run(out, "run", settings, inputs) as opened:
+        write_json(out / "config.yaml", config.model_dump(mode="json"))  # JSON is YAML
+        rounds: list[dict[str, Any]] = []
+        ended = None
+        for number in range(config.rounds.most):
+            found = play_round(opened, number, config, fingerprint([settings, inputs]), progress)
+            rounds.append(found)
+            if ended := why_end(config, found):
+                break
+        summary = {"rounds": [row(found) for found in rounds], "ended": ended or "all rounds are played"}
+        write_json(out / "summary.json", summary)
+        if report:
+            write_report(out)
+        opened.finish("run", summary=summary)
+        return summary
 
-    Args:
-        run: a finished run folder of `audit` or `conflicts`.
-        budget: judgements to spend: 1 for a comparison or a rating, N-1 for a ranking of N.
-        strategy: a name in `dissonance.selection.STRATEGIES`, or a callable like them.
-        tau: least K of a prompt, 0.6, or a quantile, "q0.9".
-        delta: least |PACS| of a completion, likewise.
-        seed: of the strategies that draw.
-        round_number: which round to choose from; by default the latest.
 
-    Returns:
-        The keys of `select --json`.
+def play_round(run: Run, number: int, config: RunConfig, before: object, progress: ProgressFactory) -> dict[str, Any]:
+    """One round of SHF-CAS, as in the paper's Algorithm 1; gives what `metrics.json` of the round holds."""
+    stages, seed = Stages(run, number, before), seed_of_round(config.seed, number)
+    stages.folder.mkdir(exist_ok=True)
+    prompts = _prompts(config, number).prompts
+    policy, reward = models_of_round(run, number, config)
+    now = config.model_copy(update={"policy": policy, "reward_model": reward, "seed": seed})
+    found: dict[str, Any] = {"round": number}
 
-    Raises:
-        InputError: the run or the round is not there or not finished, or an option is wrong; nothing was written.
-    """
-    if seed < 0:
-        raise SettingsError(f"--seed is {seed}: give 0 or more")
-    with open_run(Path(run)) as opened:
-        number = opened.find_round(round_number)
-        folder = opened.round(number)
-        pool = pool_from_tables(
-            read_table(folder / "prompts.parquet"),
-            read_table(folder / "completions.parquet"),
-            opened.ledger["settings"]["likelihood"],
+    found["conflict"] = stages.done(
+        "measure",
+        None,
+        lambda: _timeless(measure_round(stages.folder, now, prepare(now, prompts), progress)),
+        ["completions.parquet", "prompts.parquet"],
+    )
+    Parts(stages.folder / "parts").remove()
+    if config.selection is not None and not _settled(config, found):
+        section = config.selection
+        found["selection"] = stages.done(
+            "select", None, lambda: choose(run, number, section, section.strategy, seed), ["queries.parquet"]
         )
-        chosen = select_queries(
-            pool,
-            strategy,
-            budget=budget,
-            rng=np.random.default_rng(seed),
-            tau=None if tau is None else parse_threshold(str(tau), "tau"),
-            delta=None if delta is None else parse_threshold(str(delta), "delta"),
-        )
-        found = {
-            "round": number,
-            "strategy": chosen.strategy,
-            "judgements": chosen.judgements,
-            "prompts": chosen.prompts,
-            "queries": len(chosen.queries),
-            # No quantile of nothing: where every prompt is degenerate, JSON has no word for an infinite bound.
-            "thresholds": {k: v if v is None or isfinite(v) else None for k, v in asdict(chosen.thresholds).items()},
-            "explanation": list(chosen.explanation),
-        }
-        write_table(folder / "queries.parquet", queries_table(chosen, number))
-        stage = f"select-{number:03d}" if number else "select"
-        opened.finish(stage, budget=budget, tau=tau, delta=delta, seed=seed, summary=found)
+        found["feedback"] = stages.done("feedback", None, lambda: answer_round(run, number, config.feedback, progress))
+        found["pairs"] = stages.done("pairs", None, lambda: write_round_pairs(run, number, config.feedback), [PAIRS])
+    found |= train_round(run, number, config, stages, seed, progress)
+    write_json(stages.folder / "metrics.json", found)
     return found
 
 
-def demo(out: Path | str, *, seed: int = 0, progress: ProgressFactory = quiet) -> dict[str, Any]:
-    """Audit the built-in world's two tasks, with models trained from scratch in seconds and kept in the user's cache.
+def train_round(
+    run: Run, number: int, config: RunConfig, stages: Stages, seed: int, progress: ProgressFactory
+) -> dict[str, Any]:
+    """The second half of a round: what was answered -> reward model -> policy -> what became better."""
+    prompts = _prompts(config, number).prompts
+    pairs = pairs_of_round(run, number, config.preferences)
+    found: dict[str, Any] = {}
+    if (stages.folder / PAIRS).is_file():
+        found["reward_model"] = stages.done(
+            "reward-model",
+            [config.refine.reward.model_dump(mode="json"), _held(config)],
+            lambda: refine_reward_of_round(run, number, config, pairs, seed, progress),
+            [REWARD_MODEL],
+        )
+    if config.refine.policy is not None:
+        found["policy"] = stages.done(
+            "policy",
+            config.refine.policy.model_dump(mode="json"),
+            lambda: refine_policy_of_round(run, number, config, prompts, pairs, seed, progress),
+            [POLICY],
+        )
+    if config.evaluation is not None:
+        found["evaluation"] = stages.done(
+            "evaluate",
+            config.evaluation.model_dump(mode="json"),
+            lambda: evaluate_round(run, number, config, prompts, pairs, seed, progress),
+            ["evaluation_answers.parquet"],
+        )
+    return found
+
+
+def refine(
+    run: Path | str,
+    sections: Mapping[str, Any] | None = None,
+    *,
+    round_number: int | None = None,
+    progress: ProgressFactory = quiet,
+) -> dict[str, Any]:
+    """Retrain the reward model and the policy of a run of `audit` on what was answered.
+
+    Leaves `pairs.parquet`, `reward_model/` and `policy/` in the round's folder.
 
     Args:
-        out: gets a run folder for each task, and `summary.json`.
-        seed: of the world and of the sampling.
+        run: the run folder.
+        sections: of `RunConfig`: preferences, feedback, refine, trackers; all have defaults.
+        round_number: by default the latest.
         progress: opens the progress of each stage.
 
     Returns:
-        {"tasks": {task: {"audit": the keys of `audit --json`}}}.
+        pairs, reward_model and policy, as in `metrics.json`.
+
+    Raises:
+        InputError: this is no such run, too little was answered, a setting is wrong, or it was refined with others.
     """
-    from dissonance.huggingface import quiet_transformers
-
-    out, tasks = Path(out), {}
-    for task in get_args(Task):
-        with progress(f"{task}: training the policy and its reward model", 2, "models") as advance:
-            with quiet_transformers():
-                sandbox = build_sandbox(World(task=task, seed=seed))
-            advance(2)
-        config = RunConfig.model_validate(
-            {
-                "prompts": {"source": str(sandbox.prompts), "limit": 160},
-                "policy": {"model": str(sandbox.policy), "max_new_tokens": 32},
-                "reward_model": {"model": str(sandbox.reward_model), "kind": sandbox.reward_kind},
-                "seed": seed,
-            }
-        )
-        tasks[task] = {"audit": audit(config, out / task, progress)}
-    summary = {"tasks": tasks}
-    write_json(out / "summary.json", summary)
-    return summary
+    return _second_half(Path(run), "refine", dict(sections or {}), round_number, progress)
 
 
-def _conclude(run: Run, command: str, summary: Mapping[str, Any]) -> dict[str, Any]:
-    write_json(run.path / "summary.json", summary)
-    write_report(run.path)
-    run.finish(command, summary=summary)
-    Parts(run.round() / "parts").remove()
-    return dict(summary)
+def evaluate(
+    run: Path | str,
+    sections: Mapping[str, Any],
+    *,
+    round_number: int | None = None,
+    progress: ProgressFactory = quiet,
+) -> dict[str, Any]:
+    """Compare what `refine` left with what it began with, on held-out prompts.
+
+    Args:
+        run: the run folder.
+        sections: of `RunConfig`: evaluation.
+        round_number: by default the latest.
+        progress: opens the progress of each stage.
+
+    Returns:
+        evaluation, as in `metrics.json`, beside what `refine` returned.
+
+    Raises:
+        InputError: the run was not refined, a setting is wrong, or it was evaluated with others.
+    """
+    return _second_half(Path(run), "evaluate", dict(sections), round_number, progress)
+
+
+def _second_half(
+    run: Path, command: str, sections: dict[str, Any], round_number: int | None, progress: ProgressFactory
+) -> dict[str, Any]:
+    with open_run(run) as opened:
+        ledger = opened.ledger
+        if ledger["command"] != "audit" or opened.finished("audit") is None:
+            raise RunError(f"{run} is no finished run of `audit`: `{command}` has no policy to go on with")
+        number = opened.find_round(round_number)
+        refined = opened.finished(stage_name("refine", number))
+        if command == "evaluate" and refined is None:
+            raise RunError(f"{run} was not refined yet: run `dissonance refine {run}` first")
+        settings = {name: value for name, value in ledger["settings"].items() if name != "resolved"}
+        earlier = refined["sections"] if refined is not None and command == "evaluate" else {}
+        config = parse_section(RunConfig, {**settings, **earlier, **sections, "selection": {"budget": 1}})
+        check(config)
+        prompts = _prompts(config, number).prompts
+        check_evaluation(config, prompts, pairs_of_round(opened, number, config.preferences))
+        stages = Stages(opened, number, [ledger["settings"], ledger["inputs"]])
+        found: dict[str, Any] = {"round": number, "conflict": ledger["stages"]["audit"]["summary"]}
+        found["pairs"] = stages.done("pairs", None, lambda: write_round_pairs(opened, number, config.feedback), [PAIRS])
+        seed = seed_of_round(config.seed, number)
+        found |= train_round(opened, number, config, stages, seed, progress)
+        opened.finish(stage_name(command, number), sections=sections)
+        write_json(stages.folder / "metrics.json", found)
+        write_report(run)
+        return found
+
+
+def why_end(config: RunConfig, found: Mapping[str, Any]) -> str | None:
+    """Why a round is the last one, if it is; `RoundsConfig` has the bounds."""
+    if config.selection is not None and "selection" not in found:
+        share = found["conflict"]["kendall_tau_distance"]["share_significant"]
+        return f"{share or 0:.1%} of the prompts are in significant conflict, no more than rounds.min_conflict"
+    bound = config.rounds.min_gain
+    gain = None if bound is None else gain_per_judgement(found)
+    if bound is not None and gain is not None and gain < bound:
+        return f"a judgement raised the gold reward by {gain:.2g}, less than rounds.min_gain"
+    return None
+
+
+def gain_per_judgement(found: Mapping[str, Any]) -> float | None:
+    """By how much a round raised the mean gold reward of held-out prompts, per judgement that it asked for."""
+    gold, spent = (found.get("evaluation") or {}).get("gold_reward"), found.get("selection", {}).get("judgements")
+    return None if not gold or not spent or gold["change"] is None else float(gold["change"]["mean"]) / float(spent)
+
+
+def _settled(config: RunConfig, found: Mapping[str, Any]) -> bool:
+    """Whether too few prompts are in conflict to ask any more."""
+    bound = config.rounds.min_conflict
+    return bound is not None and (found["conflict"]["kendall_tau_distance"]["share_significant"] or 0.0) <= bound
+
+
+def row(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A round in the keys that `run --json` promises; null where nothing says."""
+    evaluation = found.get("evaluation") or {}
+    gold, accuracy = evaluation.get("gold_reward"), evaluation.get("reward_accuracy")
+    start = accuracy and accuracy["start"]
+    return {
+        "judgements": found.get("selection", {}).get("judgements", 0),
+        "gold_reward": gold and gold["new"],
+        "gold_reward_start": gold and gold["start"],
+        "win_rate": gold and gold["win_rate"],
+        "reward_accuracy": start and (start["refined"] or start["proxy"]),
+        "reward_accuracy_start": start and start["proxy"],
+        "kendall_tau_distance": found["conflict"]["kendall_tau_distance"]["mean"],
+        "kl": evaluation["kl"]["k1"] if evaluation else None,
+    }
+
+
+def seed_of_round(seed: int, number: int) -> int:
+    """The run's seed in round 0; others afterwards, which it decides."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) if number else seed
+
+
+def _timeless(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what another run of the same settings would not find."""
+    return {name: value for name, value in found.items() if name not in _TIMES}
+
+
+def _prompts(config: AuditConfig, number: int) -> LoadedPrompts:
+    """The prompts of a round: with `sample`, each round draws its own."""
+    return load_prompts(**config.prompts.model_dump(), seed=seed_of_round(config.seed, number))
+
+
+def _held(config: RunConfig) -> dict[str, Any]:
+    """What decides which pairs there are, besides the labels: files by their content."""
+    given = config.preferences.model_dump(mode="json")
+    return {name: source_fingerprint(value) if isinstance(value, str) else value for name, value in given.items()}
+
+
+def _inputs(config: RunConfig, loaded: LoadedPrompts) -> dict[str, str]:
+    held = {f"preferences.{name}": value for name, value in _held(config).items() if isinstance(value, str)}
+    models = {"feedback.reward_model": config.feedback.reward_model}
+    if config.evaluation is not None:
+        models["evaluation.gold"] = config.evaluation.gold
+        if config.evaluation.prompts is not None:
+            held["evaluation.prompts"] = source_fingerprint(config.evaluation.prompts.source)
+    prints = {name: source_fingerprint(reward_source(of.model)) for name, of in models.items() if of is not None}
+    return {**audit_inputs(config, loaded), **held, **prints}

@@ -48,6 +48,17 @@ def labels_of(run: Path | str, store: str | None = None, *, reading: bool = Fals
                     locked.finish("label", store=plain)
 
 
+def remember_store(run: Run, store: str | None) -> None:
+    """Enter in run.json where the labels are; for a process that has the run folder open.
+
+    Raises:
+        RunError: they are somewhere else already.
+    """
+    _, plain = _where(run, store)
+    if run.finished("label") is None:
+        run.finish("label", store=plain)
+
+
 @contextmanager
 def _readable(run: Run, where: Path | str) -> Iterator[Path | str]:
     """The store's place, or that of a copy."""

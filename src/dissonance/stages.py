@@ -1,4 +1,4 @@
-"""The stages of a round: each takes a run folder and a model, and leaves its part of the round's tables.
+"""The stages of a round: each takes the round's folder and a model, and leaves its part of the round's tables.
 
 A stage works batch by batch and stores each one as it comes, so that a killed run goes on where it was. Windows of
 prompts bound the memory: a window is planned, sampled, scored and written without the others.
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dissonance.artifacts import Parts, Run, atomic_path
+from dissonance.artifacts import Parts, atomic_path
 from dissonance.conflict import Conflicts, ConflictSummary, ConflictTally, conflicts, length_correlation, tally
 from dissonance.errors import DissonanceError, RunError
 from dissonance.likelihood import Likelihood, loglikelihood
@@ -60,7 +60,9 @@ def _windows(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
     return (prompts[first : first + WINDOW] for first in range(0, len(prompts), WINDOW))
 
 
-def sample_completions(run: Run, policy: Policy, batches: Sequence[Batch], n: int, progress: ProgressFactory) -> None:
+def sample_completions(
+    folder: Path, policy: Policy, batches: Sequence[Batch], n: int, progress: ProgressFactory
+) -> None:
     """Prompts -> completions with log-likelihoods."""
 
     def compute(batch: Batch) -> pa.Table:
@@ -69,16 +71,16 @@ def sample_completions(run: Run, policy: Policy, batches: Sequence[Batch], n: in
             raise DissonanceError(f"the policy gave {len(completions)} completions for {len(batch.prompts)} prompts")
         return _completions_table(completions)
 
-    _each_batch(run, "completions", batches, n, compute, progress, label="sampling")
+    _each_batch(folder, "completions", batches, n, compute, progress, label="sampling")
 
 
 def score_completions(
-    run: Run, reward_model: RewardModel, batches: Sequence[Batch], n: int, progress: ProgressFactory
+    folder: Path, reward_model: RewardModel, batches: Sequence[Batch], n: int, progress: ProgressFactory
 ) -> None:
     """Completions -> rewards."""
 
     def compute(batch: Batch) -> pa.Table:
-        texts = _read(run, "completions", batch, n)["text"].to_pylist()
+        texts = _read(folder, "completions", batch, n)["text"].to_pylist()
         conversations = [prompt.messages for prompt in batch.prompts for _ in range(n)]
         rewards = reward_model.score(conversations, texts)
         if len(rewards) != len(texts):
@@ -86,26 +88,26 @@ def score_completions(
         columns = {"reward": [r.value for r in rewards], "reward_truncated": [r.truncated for r in rewards]}
         return pa.table(_keys(batch, n) | columns, schema=_REWARDS)
 
-    _each_batch(run, "rewards", batches, n, compute, progress, label="scoring")
+    _each_batch(folder, "rewards", batches, n, compute, progress, label="scoring")
 
 
 def score_reference(
-    run: Run, reference: ReferenceModel, batches: Sequence[Batch], n: int, progress: ProgressFactory
+    folder: Path, reference: ReferenceModel, batches: Sequence[Batch], n: int, progress: ProgressFactory
 ) -> None:
     """Completions -> log-likelihoods under the reference model."""
 
     def compute(batch: Batch) -> pa.Table:
-        ids = _read(run, "completions", batch, n)["token_ids"].to_pylist()
+        ids = _read(folder, "completions", batch, n)["token_ids"].to_pylist()
         grouped = [ids[first : first + n] for first in range(0, len(ids), n)]
         sums = reference.logprobs(batch.prompts, grouped)
         flat = [value for group in sums for value in group]
         return pa.table(_keys(batch, n) | {"ref_logprob": flat}, schema=_REFERENCE)
 
-    _each_batch(run, "reference", batches, n, compute, progress, label="reference model")
+    _each_batch(folder, "reference", batches, n, compute, progress, label="reference model")
 
 
-def _parts(run: Run) -> Parts:
-    return Parts(run.round() / "parts")
+def _parts(folder: Path) -> Parts:
+    return Parts(folder / "parts")
 
 
 def _keys(batch: Batch, n: int) -> dict[str, list[Any]]:
@@ -116,17 +118,17 @@ def _keys(batch: Batch, n: int) -> dict[str, list[Any]]:
     }
 
 
-def _read(run: Run, stage: str, batch: Batch, n: int) -> pa.Table:
+def _read(folder: Path, stage: str, batch: Batch, n: int) -> pa.Table:
     """A stored batch, which must hold what the plan says: positions alone would give a prompt another's reward."""
-    table = _parts(run).read(stage, batch.window, batch.number)
+    table = _parts(folder).read(stage, batch.window, batch.number)
     if table.select(_KEYS).to_pydict() != _keys(batch, n):
-        path = _parts(run).path(stage, batch.window, batch.number)
+        path = _parts(folder).path(stage, batch.window, batch.number)
         raise RunError(f"{path} holds other completions than planned: choose another --out")
     return table
 
 
 def _each_batch(
-    run: Run,
+    folder: Path,
     stage: str,
     batches: Sequence[Batch],
     n: int,
@@ -134,7 +136,7 @@ def _each_batch(
     progress: ProgressFactory,
     label: str,
 ) -> None:
-    parts = _parts(run)
+    parts = _parts(folder)
     waiting = [b for b in batches if not parts.path(stage, b.window, b.number).exists()]
     total = sum(len(b.prompts) for b in waiting) * n
     with progress(label, total, "completions") as advance:
@@ -151,10 +153,9 @@ def _completions_table(completions: Sequence[Completion]) -> pa.Table:
 
 
 def measure_conflicts(
-    run: Run, prompts: Sequence[Prompt], batches: Sequence[Batch], n: int, likelihood: Likelihood
+    folder: Path, prompts: Sequence[Prompt], batches: Sequence[Batch], n: int, likelihood: Likelihood
 ) -> dict[str, Any]:
     """Completions, rewards and log-likelihoods -> the round's two tables and their summary."""
-    folder = run.round()
     total, seconds = ConflictTally(), dict.fromkeys(("completions", "rewards", "reference"), 0.0)
     with (
         atomic_path(folder / "completions.parquet") as completions_path,
@@ -163,7 +164,7 @@ def measure_conflicts(
         pq.ParquetWriter(prompts_path, PROMPTS_SCHEMA, compression="zstd") as prompts_writer,
     ):
         for w, window in enumerate(_windows(prompts)):
-            table, spent = _window_table(run, window, [b for b in batches if b.window == w], n)
+            table, spent = _window_table(folder, window, [b for b in batches if b.window == w], n)
             seconds = {stage: seconds[stage] + spent[stage] for stage in seconds}
             found = _measure(table, window, likelihood)
             completions_writer.write_table(_column(table, "pacs", found.pacs).select(COMPLETIONS_SCHEMA.names))
@@ -173,17 +174,17 @@ def measure_conflicts(
 
 
 def _window_table(
-    run: Run, window: Sequence[Prompt], batches: Sequence[Batch], n: int
+    folder: Path, window: Sequence[Prompt], batches: Sequence[Batch], n: int
 ) -> tuple[pa.Table, dict[str, float]]:
     """The completions of a window in the order of its prompts, and the seconds that each stage took."""
-    parts = _parts(run)
+    parts = _parts(folder)
     seconds = dict.fromkeys(("completions", "rewards", "reference"), 0.0)
     tables = []
     for batch in batches:
         columns: dict[str, pa.ChunkedArray] = {}
         for stage in seconds:
             if stage != "reference" or parts.path(stage, batch.window, batch.number).exists():
-                part = _read(run, stage, batch, n)
+                part = _read(folder, stage, batch, n)
                 seconds[stage] += float(part.schema.metadata[b"seconds"])
                 columns |= dict(zip(part.column_names, part.columns, strict=True))
         tables.append(pa.table(columns))

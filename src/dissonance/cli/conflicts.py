@@ -1,4 +1,4 @@
-"""The commands that measure and choose: audit, conflicts, select, report, demo."""
+"""The commands that measure and choose: audit, conflicts, select, report."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from dissonance.cli.common import Json, Out, Quiet, RunFolder, progress_of, say
-from dissonance.config import Dtype, RewardKind, RunConfig, parse_config
+from dissonance.config import AuditConfig, Dtype, RewardKind, parse_section
 from dissonance.errors import SettingsError
 from dissonance.likelihood import Likelihood
 from dissonance.scored import ScoredLikelihood
@@ -56,7 +56,7 @@ def audit(
 
     Example: dissonance audit --policy ./policy --reward-model ./reward --prompts prompts.jsonl --out run
     """
-    from dissonance.loop import audit as run_audit
+    from dissonance.measuring import audit as run_audit
 
     common = {
         "device": device,
@@ -118,7 +118,7 @@ def conflicts(
 
     Example: dissonance conflicts scored.parquet --out run
     """
-    from dissonance.loop import conflicts as run_conflicts
+    from dissonance.measuring import conflicts as run_conflicts
 
     summary = run_conflicts(scored, out, reward_kind=reward_kind, likelihood=likelihood, progress=progress_of(silent))
     lines = [*_conflict_lines(summary, likelihood), f"tables: {out / 'round-000'}", f"report: {out / 'report.html'}"]
@@ -145,7 +145,7 @@ def select(
 
     Example: dissonance select run --strategy discordant --budget 200
     """
-    from dissonance.loop import select as run_select
+    from dissonance.measuring import select as run_select
 
     chosen = run_select(
         run, strategy=strategy, budget=budget, tau=tau, delta=delta, seed=seed, round_number=round_number
@@ -166,31 +166,10 @@ def report(run: RunFolder, as_json: Json = False) -> None:
     say({"report": str(path)}, as_json, [f"report: {path}"])
 
 
-@app.command()
-def demo(
-    out: Out = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Of the built-in world.")] = 0,
-    as_json: Json = False,
-    silent: Quiet = False,
-) -> None:
-    """Audit the built-in world: tiny models, trained from scratch here, on two tasks.
-
-    Example: dissonance demo --out demo
-    """
-    from dissonance.loop import demo as run_demo
-
-    summary = run_demo(out, seed=seed, progress=progress_of(silent))
-    lines = []
-    for task, found in summary["tasks"].items():
-        lines += [f"{task}:", *(f"  {line}" for line in _conflict_lines(found["audit"], "sum"))]
-        lines += [f"  report: {out / task / 'report.html'}"]
-    say(summary, as_json, lines)
-
-
-def _parse(values: dict[str, Any]) -> RunConfig:
+def _parse(values: dict[str, Any]) -> AuditConfig:
     """Parse settings; an error names the option, as it was typed, rather than the setting."""
     try:
-        return parse_config(values)
+        return parse_section(AuditConfig, values)
     except SettingsError as error:
         section, dot, rest = str(error).partition(".")
         prefixes = {"prompts": "--", "policy": "--", "reward_model": "--reward-"}

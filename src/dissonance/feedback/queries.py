@@ -163,10 +163,13 @@ def known_answers(connection: Connection) -> dict[str, Answer]:
     return {row.query_id: answer_from_json(row.answer) for row in connection.execute(select(gold_answers))}
 
 
-def count_progress(connection: Connection) -> Progress:
-    """How far the asking is."""
+def count_progress(connection: Connection, round_number: int | None = None) -> Progress:
+    """How far the asking is, in one round or in all."""
     had = case((queries.c.answers > queries.c.overlap, queries.c.overlap), else_=queries.c.answers)
     wanted = case((queries.c.closed_at.is_(None), queries.c.overlap), else_=had)
     chosen = select(func.count(), func.count(queries.c.closed_at), func.sum(wanted), func.sum(had))
-    row = connection.execute(chosen.where(queries.c.retired_at.is_(None), ~queries.c.is_gold)).one()
+    chosen = chosen.where(queries.c.retired_at.is_(None), ~queries.c.is_gold)
+    if round_number is not None:
+        chosen = chosen.where(queries.c.round == round_number)
+    row = connection.execute(chosen).one()
     return Progress(row[0], row[1], int(row[2] or 0), int(row[3] or 0))

@@ -239,10 +239,10 @@ class Store:
         with self.reading() as connection:
             return known_answers(connection)
 
-    def progress(self) -> Progress:
-        """How far the asking is."""
+    def progress(self, round_number: int | None = None) -> Progress:
+        """How far the asking is, in one round or in all."""
         with self.reading() as connection:
-            return count_progress(connection)
+            return count_progress(connection, round_number)
 
     # -- annotators --------------------------------------------------------------------------------------------------
 

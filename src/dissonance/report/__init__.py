@@ -6,15 +6,18 @@ reading.py     what the log-likelihood is called
 examples.py    the prompts and answers spelled out
 headline.py    what it means, in words
 charts.py      Vega-Lite specifications
+story.py       what the rounds of a run left, as rounds.py draws it
+comparison.py  the arms of a demo, side by side
 page.py        all of it -> HTML
 """
 
 from pathlib import Path
 
 from dissonance.artifacts import atomic_path
+from dissonance.report.comparison import write_comparison
 from dissonance.report.page import render_report
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["render_report", "write_comparison", "write_report"]
 
 
 def write_report(run: Path) -> Path:

@@ -64,7 +64,7 @@ def distance_chart(histogram: DistanceHistogram, mean: float) -> dict[str, Any]:
         .encode(x=x, y="null:Q")
     )
     layers = alt.layer(bar, null, *_marker("mean", mean))
-    return _spec(layers, 300, bars=bars, steps=steps, mean=[{"x": mean, "label": f"mean {mean:.2f}"}])
+    return spec(layers, 300, bars=bars, steps=steps, mean=[{"x": mean, "label": f"mean {mean:.2f}"}])
 
 
 def pacs_chart(edges: Floats, counts: Integers) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def pacs_chart(edges: Floats, counts: Integers) -> dict[str, Any]:
             ],
         )
     )
-    return _spec(alt.layer(bar, _rule("zero")), 240, bars=bars, zero=[{"x": 0}])
+    return spec(alt.layer(bar, _rule("zero")), 240, bars=bars, zero=[{"x": 0}])
 
 
 def points_chart(points: Sequence[dict[str, Any]], reading: Reading) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def points_chart(points: Sequence[dict[str, Any]], reading: Reading) -> dict[str
     )
     line = alt.Chart(alt.NamedData("line")).mark_line(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None)
     corner = 0.98 * reach
-    return _spec(
+    return spec(
         alt.layer(
             line.encode(x="x:Q", y="y:Q"),
             marks,
@@ -174,7 +174,7 @@ def category_chart(means: Sequence[CategoryMean]) -> dict[str, Any]:
         tooltip=tooltip,
     )
     height = max(90, _ROW_HEIGHT * len(rows))
-    return _spec(alt.layer(_rule("null"), interval, point), height, rows=rows, null=[{"x": 0.5}])
+    return spec(alt.layer(_rule("null"), interval, point), height, rows=rows, null=[{"x": 0.5}])
 
 
 def length_chart(bands: Sequence[LengthBand]) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def length_chart(bands: Sequence[LengthBand]) -> dict[str, Any]:
     )
     median = base.mark_rule(stroke=ORANGE, strokeWidth=3).encode(x=x, x2="to:Q", y="q50:Q", tooltip=tooltip)
     zero = alt.Chart(alt.NamedData("zero")).mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None)
-    return _spec(alt.layer(outer, inner, zero.encode(y="y:Q"), median), 260, bands=rows, zero=[{"y": 0}])
+    return spec(alt.layer(outer, inner, zero.encode(y="y:Q"), median), 260, bands=rows, zero=[{"y": 0}])
 
 
 def _legend(field: str, domain: Sequence[str], colours: Sequence[str]) -> alt.Color:
@@ -234,7 +234,8 @@ def _marker(data: str, value: float) -> tuple[alt.Chart, alt.Chart]:
     return _rule(data), text.encode(x="x:Q", y=alt.value(2), text="label:N")
 
 
-def _spec(chart: alt.LayerChart | alt.FacetChart, height: int, **datasets: list[dict[str, Any]]) -> dict[str, Any]:
+def spec(chart: alt.LayerChart | alt.FacetChart, height: int, **datasets: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make the specification of a chart as wide as its place, in the report's type and colours, with its data."""
     config = alt.Config(
         background="transparent",
         font="system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif",

@@ -25,7 +25,9 @@ from dissonance.report.examples import Case, Extreme, clip, extreme, read_cases
 from dissonance.report.figures import Sides, figures
 from dissonance.report.headline import headline, number, plural, signed
 from dissonance.report.reading import base_name, reading
+from dissonance.report.rounds import round_figures
 from dissonance.report.statistics import extremes, measure, rows_by_prompt, top_prompts
+from dissonance.report.story import read_rounds
 from dissonance.report.tables import Booleans, Completions, Floats, Prompts, read_completions, read_prompts
 
 _EXTREMES = 10
@@ -52,12 +54,17 @@ def render_report(run: Path) -> str:
     significant = proper & (p < SIGNIFICANCE)
     sides = Sides(proper, significant & (found.distinct_distance > 0.5), significant & (found.distinct_distance < 0.5))
     likes, dislikes, top = _examples(folder, prompts, completions, p, proper)
-    return _page(
+    rounds, stories = read_rounds(run)
+    told = {figure.name: figure for figure in round_figures(rounds)}
+    return render_page(
+        "report.html",
         title=_title(ledger),
         created=str(ledger.get("created", "")).replace("T", " ").replace("+00:00", " UTC"),
         command=str(ledger.get("command", "audit")),
         headline=headline(completions, measured, sides.agreeing, how),
-        figures={figure.name: figure for figure in figures(folder, prompts, completions, measured, sides, how)},
+        figures={f.name: f for f in figures(folder, prompts, completions, measured, sides, how)} | told,
+        stories=stories,
+        told=list(told),
         reading=how,
         likes=likes,
         dislikes=dislikes,
@@ -126,7 +133,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _page(**context: Any) -> str:
+def render_page(template: str, **context: Any) -> str:
+    """Fill in a template; `figures` must be among the context."""
     templates = files("dissonance.report") / "templates"
     style = (templates / "report.css").read_text(encoding="utf-8")
     scripts = [_vega(), (templates / "report.js").read_text(encoding="utf-8")]
@@ -138,7 +146,7 @@ def _page(**context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"signed": signed, "number": number, "plural": plural, "script_json": script_json}
-    return environment.get_template("report.html").render(
+    return environment.get_template(template).render(
         context, policy=_content_policy(style, scripts), style=style, scripts=scripts
     )
 

@@ -1,8 +1,8 @@
 """The built-in world: tiny Hugging Face models of known ignorance, and an exact gold reward to judge them by.
 
 words.py: the words of the two tasks. world.py: the dials, the 2 x 2 of knowledge, the prompts. gold.py: the exact
-reward of an answer. answers.py: demonstrations and preferences. train.py: tokenizer, policy and proxy (needs torch).
-build.py: all of it in a cached folder.
+reward of an answer; exact.py: the same as a callable. answers.py: demonstrations and preferences. train.py: tokenizer,
+policy and proxy (needs torch). build.py: all of it in a cached folder.
 """
 
 from dissonance.sandbox.build import Sandbox, build_sandbox

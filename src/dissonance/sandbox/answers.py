@@ -1,6 +1,7 @@
 """What the sandbox's models learn from: demonstrations for the policy, preference pairs for the proxy."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -55,14 +56,30 @@ def demonstrations(world: World) -> list[Demonstration]:
     return [_demonstration(world, asked[i], rng) for i in rng.integers(len(asked), size=world.n_demonstrations)]
 
 
-def preferences(world: World) -> list[Preference]:
+@lru_cache(maxsize=2)
+def preferences(world: World) -> tuple[Preference, ...]:
     """`World.n_pairs` pairs on training prompts of the categories the proxy knows; the skill of each answer is uniform.
 
     The same prompts, answers and noise whatever `bias` and `length_bonus` are, so that worlds differ in those alone.
     """
     rng = np.random.default_rng([world.seed, 7])
     asked = [question for question in questions(world, "train") if question.category in world.proxy_knows]
-    return [_preference(world, asked[i], rng) for i in rng.integers(len(asked), size=world.n_pairs)]
+    return tuple(_preference(world, asked[i], rng) for i in rng.integers(len(asked), size=world.n_pairs))
+
+
+def gold_pairs(world: World, count: int = 400) -> list[Preference]:
+    """Pairs on held-out prompts of every category, in the exact order of gold; the skill of each answer is uniform."""
+    rng, asked = np.random.default_rng([world.seed, 8]), questions(world, "eval")
+    pairs: list[Preference] = []
+    while len(pairs) < count:
+        question = asked[rng.integers(len(asked))]
+        some = [answer(world, _truth(world, question), rng.random(), rng) for _ in range(2)]
+        worse, better = sorted(some, key=lambda text: gold_reward(world, question.text, text))
+        if gold_reward(world, question.text, better) == gold_reward(world, question.text, worse):
+            continue
+        safe = [world.task == "helpfulness" or gold_cost(world, question.text, text) < 0 for text in (better, worse)]
+        pairs.append(Preference(question.text, better, worse, chosen_safe=safe[0], rejected_safe=safe[1]))
+    return pairs
 
 
 def is_flipped(world: World, category: int, subject: int) -> bool:

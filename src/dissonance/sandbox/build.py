@@ -1,9 +1,10 @@
-"""Builds a sandbox once and keeps it: a folder with two models and two files of prompts, named by its fingerprint."""
+"""Builds a sandbox once and keeps it: a folder with two models, prompts and pairs, named by its fingerprint."""
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Literal
 from filelock import FileLock
 from platformdirs import user_cache_path
 
+from dissonance.sandbox.answers import Preference, gold_pairs, preferences
 from dissonance.sandbox.world import Split, World, questions
 
 CACHE_VARIABLE = "DISSONANCE_CACHE"
@@ -47,6 +49,16 @@ class Sandbox:
     def eval_prompts(self) -> Path:
         """The same for held-out prompts, none of whose gold keys is among those of `prompts`."""
         return self.folder / "eval_prompts.jsonl"
+
+    @property
+    def preferences(self) -> Path:
+        """What the proxy learnt from, as TRL's preferences; in a safety world with chosen_safe and rejected_safe."""
+        return self.folder / "preferences.jsonl"
+
+    @property
+    def gold_pairs(self) -> Path:
+        """Pairs on held-out prompts whose order is exact, likewise."""
+        return self.folder / "gold_pairs.jsonl"
 
     @property
     def reward_kind(self) -> Literal["reward", "cost"]:
@@ -96,6 +108,8 @@ def _build(sandbox: Sandbox) -> None:
     train_proxy(sandbox.world, sandbox.reward_model)
     _write_prompts(sandbox.prompts, sandbox.world, "train")
     _write_prompts(sandbox.eval_prompts, sandbox.world, "eval")
+    _write_pairs(sandbox.preferences, sandbox.world, preferences(sandbox.world))
+    _write_pairs(sandbox.gold_pairs, sandbox.world, gold_pairs(sandbox.world))
     dials = json.dumps(asdict(sandbox.world), indent=2)
     (sandbox.folder / "world.json").write_text(dials + "\n", encoding="utf-8")
 
@@ -113,3 +127,15 @@ def _write_prompts(path: Path, world: World, split: Split) -> None:
         for number, question in enumerate(questions(world, split))
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_pairs(path: Path, world: World, pairs: Sequence[Preference]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for pair in pairs:
+            row = {
+                "prompt": [{"role": "user", "content": pair.prompt}],
+                "chosen": [{"role": "assistant", "content": pair.chosen}],
+                "rejected": [{"role": "assistant", "content": pair.rejected}],
+            }
+            safe = {"chosen_safe": pair.chosen_safe, "rejected_safe": pair.rejected_safe}
+            file.write(json.dumps(row | (safe if world.task == "safety" else {})) + "\n")

@@ -1,0 +1,228 @@
+"""The commands that retrain: run, refine, evaluate, demo."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from dissonance.cli.common import Json, Out, Quiet, RunFolder, progress_of, say
+from dissonance.config import RunConfig, parse_section
+from dissonance.errors import DataError, LabelsDue, SettingsError
+
+app = typer.Typer()
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as refine.policy.steps=200; repeatable."),
+]
+RoundNumber = Annotated[int | None, typer.Option("--round", min=0, help="Which round; by default the latest.")]
+Sections = Annotated[Path | None, typer.Option("--config", help="Settings, YAML.")]
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings, YAML.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The run folder; by default CONFIG without .yaml.")] = None,
+    changes: Set = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Stay until people have answered.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done.")] = False,
+    as_json: Json = False,
+    silent: Quiet = False,
+) -> None:
+    """Audit, ask, retrain and evaluate, round after round. Goes on where it was; exit 3 says that labels are due.
+
+    Example: dissonance run config.yaml --out run
+    """
+    settings = parse_section(RunConfig, _changed(_read(config), changes or ()))
+    out = out or config.with_suffix("")
+    if dry_run:
+        from dissonance.checks import plan
+
+        planned = plan(settings)
+        say(planned, as_json, _plan_lines(planned))
+        return
+    from dissonance.loop import run as run_rounds
+
+    try:
+        found = run_rounds(settings, out, wait=wait, progress=progress_of(silent))
+    except LabelsDue as due:
+        if not as_json:
+            raise
+        say({"round": due.round_number, "answered": due.answered, "wanted": due.wanted}, as_json, [])
+        raise typer.Exit(due.exit_code) from due
+    lines = [line for number, one in enumerate(found["rounds"]) for line in _round_lines(number, one)]
+    say(found, as_json, [*lines, f"ended: {found['ended']}", f"report: {out / 'report.html'}"])
+
+
+@app.command()
+def refine(
+    run: RunFolder,
+    config: Sections = None,
+    changes: Set = None,
+    round_number: RoundNumber = None,
+    as_json: Json = False,
+    silent: Quiet = False,
+) -> None:
+    """Retrain the reward model on what was answered, then the policy against it.
+
+    CONFIG has the sections preferences, feedback, refine and trackers of `run`; all have defaults.
+
+    Example: dissonance refine run --set refine.reward.epochs=2
+    """
+    from dissonance.loop import refine as refine_run
+
+    sections = _changed({} if config is None else _read(config), changes or ())
+    _only(sections, {"preferences", "feedback", "refine", "trackers"}, "refine")
+    found = refine_run(run, sections, round_number=round_number, progress=progress_of(silent))
+    folder = run / f"round-{found['round']:03d}"
+    lines = [*_training_lines(found), f"reward model: {folder / 'reward_model'}"]
+    say(found, as_json, [*lines, *([f"policy: {folder / 'policy'}"] if "policy" in found else [])])
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    config: Sections = None,
+    changes: Set = None,
+    round_number: RoundNumber = None,
+    as_json: Json = False,
+    silent: Quiet = False,
+) -> None:
+    """Compare what `refine` left with what it began with, on held-out prompts, with intervals.
+
+    CONFIG has the section evaluation of `run`, which needs at least prompts.
+
+    Example: dissonance evaluate run --set evaluation.prompts.source=held_out.jsonl
+    """
+    from dissonance.loop import evaluate as evaluate_run
+    from dissonance.loop import row
+
+    sections = _changed({} if config is None else _read(config), changes or ())
+    _only(sections, {"evaluation"}, "evaluate")
+    if "evaluation" not in sections:
+        raise SettingsError("evaluate needs held-out prompts: --set evaluation.prompts.source=FILE")
+    found = evaluate_run(run, sections, round_number=round_number, progress=progress_of(silent))
+    say(found, as_json, [*_round_lines(found["round"], row(found)), f"report: {run / 'report.html'}"])
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    seeds: Annotated[int, typer.Option(help="How often each policy is trained; intervals are over them.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the worlds, and the first of the trainings.")] = 0,
+    as_json: Json = False,
+    silent: Quiet = False,
+) -> None:
+    """Play SHF-CAS on the built-in world: tiny models, trained from scratch here, on two tasks.
+
+    Example: dissonance demo --out demo
+    """
+    from dissonance.demo import demo as run_demo
+
+    summary = run_demo(out, seeds=seeds, seed=seed, progress=progress_of(silent))
+    lines = []
+    for task, arms in summary["tasks"].items():
+        lines += [f"{task:14}{'gold reward':26}{'reward accuracy':26}judgements"]
+        for name, arm in arms.items():
+            gold, accuracy = (_said(arm[key]) for key in ("gold_reward", "reward_accuracy"))
+            lines.append(f"  {name:12}{gold:26}{accuracy:26}{arm['judgements']:.0f}")
+    say(summary, as_json, [*lines, f"report: {out / 'report.html'}"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no settings: write `name: value`, as docs/run.md shows")
+    return found
+
+
+def _changed(settings: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not all(parts := key.split(".")):
+            raise SettingsError(f"--set {change!r}: write KEY=VALUE, such as rounds.most=2")
+        section = settings
+        for part in parts[:-1]:
+            section[part] = dict(section.get(part) or {}) if isinstance(section.get(part) or {}, Mapping) else {}
+            section = section[part]
+        try:
+            section[parts[-1]] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"--set {change!r}: the value is no YAML") from error
+    return settings
+
+
+def _only(sections: Mapping[str, Any], allowed: set[str], command: str) -> None:
+    if other := sorted(set(sections) - allowed):
+        raise SettingsError(f"{other[0]} is no section of `{command}`: it takes {', '.join(sorted(allowed))}")
+
+
+def _plan_lines(planned: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{planned['prompts']:,} prompts, {planned['completions']:,} completions a round, rounds: {planned['rounds']}",
+        f"held-out prompts: {planned['held_out_prompts']:,}",
+        f"judgements a round: {planned['judgements']:,}, by {planned['annotator'] or 'nobody'}",
+        *(f"preferences, {name}: {count:,} pairs" for name, count in planned["pairs"].items()),
+    ]
+    if (policy := planned["policy"]) is not None:
+        lines.append(f"policy training: {policy['method']}, {policy['steps']:,} steps")
+    notes = {"hub": "a hub id, not looked up", "folder": "a folder", "file": "a file", "callable": "a callable"}
+    lines += [f"{name}: {of['model']} ({notes[of['found']]})" for name, of in planned["models"].items()]
+    return [*lines, "nothing was written"]
+
+
+def _training_lines(found: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if (reward := found.get("reward_model")) is not None:
+        pairs = reward["pairs"]
+        lines.append(
+            f"reward model: {pairs['original']:,} original and {pairs['new']:,} new pairs, {reward['steps']:,} steps"
+        )
+        for name in ("held_out_original", "held_out_new"):
+            measured = reward[name]
+            if measured["after"] is not None:
+                before = "" if measured["before"] is None else f"{_said(measured['before']['accuracy'])} -> "
+                lines.append(f"  accuracy, {name.replace('_', ' ')}: {before}{_said(measured['after']['accuracy'])}")
+    if (policy := found.get("policy")) is not None:
+        start, end = policy["start"], policy["end"]
+        lines.append(
+            f"policy: {policy['method']}, {policy['kept_step']:,} steps; reward {start['reward']:.3f} -> "
+            f"{end['reward']:.3f}, KL {end['kl']:.2f} nats, length {start['length']:.1f} -> {end['length']:.1f}"
+        )
+        if (stopped := policy["stopped"]) is not None:
+            lines.append(f"  stopped at step {stopped['step']:,}: {stopped['reason']}")
+    return lines
+
+
+def _round_lines(number: int, one: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"round {number}: {one['judgements']:,} judgements, Kendall-tau distance {_number(one['kendall_tau_distance'])}"
+    ]
+    if one["gold_reward"] is not None:
+        lines.append(f"  gold reward: {_said(one['gold_reward_start'])} -> {_said(one['gold_reward'])}")
+        lines.append(f"  wins against the start policy: {_said(one['win_rate'])}")
+    if one["reward_accuracy"] is not None:
+        lines.append(
+            f"  reward model's accuracy: {_said(one['reward_accuracy_start'])} -> {_said(one['reward_accuracy'])}"
+        )
+    if one["kl"] is not None:
+        lines.append(f"  KL from the start policy: {_said(one['kl'])} nats")
+    return lines
+
+
+def _said(interval: Mapping[str, float | None] | None) -> str:
+    if interval is None:
+        return "unknown"
+    ends = "" if interval["low"] is None else f" ({interval['low']:.3f} to {interval['high']:.3f})"
+    return f"{interval['mean']:.3f}{ends}"
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"

@@ -1,0 +1,202 @@
+"""The whole of SHF-CAS on the built-in world: policies trained against the proxy as it is, and as people corrected it.
+
+    start        the policy before
+    proxy_only   trained against the proxy as it is
+    random       ... after the proxy learnt from labels of random pairs
+    shf_cas      ... of answers in conflict, as in the paper
+    discordant   ... of one discordant pair from each of many prompts in conflict
+
+All that ask spend the same budget, all train alike, and all are graded by the exact gold on held-out prompts.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from math import sqrt
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from scipy.stats import t as student
+
+from dissonance.artifacts import read_json, write_json
+from dissonance.config import RunConfig
+from dissonance.errors import SettingsError
+from dissonance.progress import ProgressFactory, quiet
+from dissonance.report import write_comparison
+from dissonance.sandbox import Sandbox, Task, World, build_sandbox
+
+BUDGET = 200
+STRATEGIES: dict[str, str | None] = {
+    "proxy_only": None,
+    "random": "random_pairs",
+    "shf_cas": "shf_cas",
+    "discordant": "discordant",
+}
+"""What each arm asks by."""
+
+SHOWN = "discordant"
+_ANNOTATOR = {"temperature": 0.2}
+"""A noisy person: an answer that is better by 0.2 is preferred in 73 % of cases. Gold spans about 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One policy to be trained."""
+
+    task: Task
+    world: int
+    """The seed of the world."""
+    seed: int
+    """Of all that is drawn in it."""
+    name: str
+
+    def folder(self, out: Path) -> Path:
+        """Its run folder."""
+        return out / self.task / f"seed-{self.seed}" / self.name
+
+
+def demo(out: Path | str, *, seeds: int = 3, seed: int = 0, progress: ProgressFactory = quiet) -> dict[str, Any]:
+    """Play one round on both tasks with every strategy and several seeds.
+
+    The worlds' models are trained from scratch in seconds and kept in the user's cache. Each arm is a run folder of its
+    own under `out`; what is there already is not run again.
+
+    Args:
+        out: gets the run folders, `summary.json` and `report.html`.
+        seeds: how often each arm is played; sampling, annotators and trainings differ.
+        seed: of the worlds, and the first of those.
+        progress: opens the progress of the arms.
+
+    Returns:
+        {"tasks": {task: {arm: {"gold_reward", "reward_accuracy": intervals over the seeds, "judgements"}}}}.
+    """
+    if seeds < 1 or seed < 0:
+        raise SettingsError(f"--seeds is {seeds} and --seed {seed}: give at least 1, and a seed from 0 up")
+    out = Path(out)
+    tasks, drawn = get_args(Task), range(seed, seed + seeds)
+    with (
+        progress("worlds and policies", len(tasks) * (1 + seeds * len(STRATEGIES)), "trainings") as advance,
+        ProcessPoolExecutor(_workers(), mp_context=get_context("spawn"), initializer=_alone) as pool,
+    ):
+        built = {pool.submit(_build, World(task=task, seed=seed)): task for task in tasks}
+        played = []
+        for future in as_completed(built):
+            future.result()
+            advance(1)
+            arms = [Arm(built[future], seed, one, name) for one in drawn for name in STRATEGIES]
+            played += [pool.submit(play, arm, out, report=_is_shown(arm)) for arm in arms]
+        for future in as_completed(played):
+            future.result()
+            advance(1)
+    found = {task: {name: _over_seeds(rows) for name, rows in _rows(out, task, seed, drawn)} for task in tasks}
+    summary = {"tasks": found, "seeds": list(drawn), "report": str(SHOWN)}
+    write_json(out / "summary.json", summary)
+    write_comparison(out, summary)
+    return summary
+
+
+def play(arm: Arm, out: Path, *, report: bool = True) -> None:
+    """Play one arm's round."""
+    from dissonance.loop import run
+
+    sandbox = build_sandbox(World(task=arm.task, seed=arm.world))
+    run(arm_config(sandbox, arm), arm.folder(out), report=report)
+
+
+def arm_config(sandbox: Sandbox, arm: Arm) -> RunConfig:
+    """One arm's settings; those of one seed differ in what is asked alone."""
+    strategy, cost = STRATEGIES[arm.name], f"dissonance.sandbox.exact:safety_cost_{arm.world}"
+    gold = {"model": f"dissonance.sandbox.exact:{arm.task}_{arm.world}"}
+    judge = gold if arm.task == "helpfulness" else {"model": cost, "kind": "cost"}
+    return RunConfig.model_validate(
+        {
+            "prompts": {"source": str(sandbox.prompts), "limit": 128},
+            "policy": {"model": str(sandbox.policy), "max_new_tokens": 32},
+            "reward_model": {"model": str(sandbox.reward_model), "kind": sandbox.reward_kind},
+            "seed": arm.seed,
+            "selection": None if strategy is None else {"strategy": strategy, "budget": BUDGET},
+            "feedback": {"annotator": "simulated", "reward_model": judge, "settings": {**_ANNOTATOR, "seed": arm.seed}},
+            "preferences": {
+                "original": str(sandbox.preferences),
+                "gold": str(sandbox.gold_pairs),
+                "held_out_share": 0.02,
+            },
+            "refine": {
+                "reward": {"learning_rate": 3e-4, "max_original": 400, "evaluations": 2},
+                "policy": {
+                    "steps": 24,
+                    "prompts_per_step": 8,
+                    "learning_rate": 2e-4,
+                    "check_every": 12,
+                    "check_prompts": 24,
+                },
+            },
+            "evaluation": {
+                "prompts": {"source": str(sandbox.eval_prompts), "limit": 64},
+                "cluster_column": "gold_key",
+                "gold": gold,
+                "allow_annotator_as_grader": True,
+                "n": 4,
+                "replicates": 400,
+            },
+        }
+    )
+
+
+def seed_interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and 95 % interval by Student's t over independent seeds; without ends for one seed alone."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    half = float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / sqrt(len(values)))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def _is_shown(arm: Arm) -> bool:
+    """Whether it gets a report of its own; the others can have one by `dissonance report`."""
+    return arm.name == SHOWN and arm.seed == arm.world
+
+
+def _workers() -> int:
+    return min(len(get_args(Task)) * len(STRATEGIES), os.cpu_count() or 1)
+
+
+def _alone() -> None:
+    """A process for each core, with a thread each: at this size a second thread costs more than it brings."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _build(world: World) -> None:
+    from dissonance.huggingface import quiet_transformers
+
+    with quiet_transformers():
+        build_sandbox(world)
+
+
+def _rows(out: Path, task: Task, world: int, seeds: Sequence[int]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """Each arm with its round for every seed; `start` is what proxy_only began with."""
+    found = {
+        name: [read_json(Arm(task, world, seed, name).folder(out) / "summary.json")["rounds"][0] for seed in seeds]
+        for name in STRATEGIES
+    }
+    yield (
+        "start",
+        [
+            {"gold_reward": one["gold_reward_start"], "reward_accuracy": one["reward_accuracy_start"], "judgements": 0}
+            for one in found["proxy_only"]
+        ],
+    )
+    yield from found.items()
+
+
+def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    measures = ("gold_reward", "reward_accuracy")
+    return {
+        **{name: seed_interval([one[name]["mean"] for one in rows]) for name in measures},
+        "judgements": float(np.mean([one["judgements"] for one in rows])),
+    }

@@ -1,0 +1,299 @@
+"""Where a reward model and a policy disagree, and what to ask about it: audit, conflicts, select."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dissonance.artifacts import (
+    Parts,
+    Run,
+    create_run,
+    matching_run,
+    open_run,
+    read_table,
+    source_fingerprint,
+    stage_name,
+    write_json,
+    write_table,
+)
+from dissonance.config import AuditConfig, RewardConfig, RewardKind, SelectionConfig
+from dissonance.errors import DataError, InputError, SettingsError
+from dissonance.models import Policy, ReferenceModel
+from dissonance.progress import ProgressFactory, quiet
+from dissonance.prompts import LoadedPrompts, load_prompts, prompts_fingerprint
+from dissonance.records import Prompt
+from dissonance.report import write_report
+from dissonance.scored import ScoredLikelihood, measure_scored
+from dissonance.selection import Strategy, parse_threshold, pool_from_tables, queries_table
+from dissonance.selection import select as select_queries
+from dissonance.stages import (
+    Batch,
+    conflict_keys,
+    measure_conflicts,
+    plan_batches,
+    round_length_correlation,
+    sample_completions,
+    score_completions,
+    score_reference,
+)
+
+
+def audit(config: AuditConfig, out: Path | str, progress: ProgressFactory = quiet) -> dict[str, Any]:
+    """Sample a policy, score its completions, and find where the reward model and the policy disagree.
+
+    Leaves `completions.parquet` and `prompts.parquet` in OUT/round-000, `summary.json` and `report.html` in OUT. Run
+    again after an interruption, it goes on where it was; after it is done, it returns what it found.
+
+    Args:
+        config: the settings.
+        out: the run folder.
+        progress: opens the progress of each stage.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        InputError: a setting, the prompts or a model is wrong; nothing was written.
+    """
+    out = Path(out)
+    loaded = load_prompts(**config.prompts.model_dump(), seed=config.seed)
+    settings, inputs = audit_settings(config), audit_inputs(config, loaded)
+    if (done := _finished(out, "audit", settings, inputs)) is not None:
+        return done
+    prepared = prepare(config, loaded.prompts)
+    with create_run(out, "audit", settings, inputs) as run:
+        found = measure_round(run.round(), config, prepared, progress)
+        return conclude(run, "audit", {**found, "duplicates": loaded.n_duplicates})
+
+
+@dataclass
+class Prepared:
+    """What an audit has loaded before it writes anything."""
+
+    prompts: tuple[Prompt, ...]
+    batches: list[Batch]
+    policy: Policy | None
+    """None once it has sampled, so that its memory is free."""
+    reference: ReferenceModel | None
+
+
+def prepare(config: AuditConfig, prompts: tuple[Prompt, ...]) -> Prepared:
+    """Load and try the models, so that a mistake is found out before anything is written.
+
+    Raises:
+        InputError: a model or a prompt cannot be used.
+    """
+    # PyTorch and Transformers are loaded here, so that measuring and selecting need not wait for them.
+    from dissonance.sampling import HFPolicy, HFReference
+
+    check_reward_model(config.reward_model, prompts[0])
+    policy = HFPolicy(config.policy, config.seed)
+    reference = None if config.policy.reference is None else HFReference(config.policy, config.policy.reference)
+    return Prepared(prompts, plan_batches(policy, prompts), policy, reference)
+
+
+def measure_round(folder: Path, config: AuditConfig, prepared: Prepared, progress: ProgressFactory) -> dict[str, Any]:
+    """Sample, score and measure: leaves `completions.parquet` and `prompts.parquet` in a round's folder."""
+    from dissonance.huggingface import free_memory
+    from dissonance.rewards import load_reward_model
+
+    n, batches = config.policy.n, prepared.batches
+    if prepared.policy is not None:
+        sample_completions(folder, prepared.policy, batches, n, progress)
+        prepared.policy = None
+        free_memory()
+    if prepared.reference is not None:
+        score_reference(folder, prepared.reference, batches, n, progress)
+        prepared.reference = None
+        free_memory()
+    score_completions(folder, load_reward_model(config.reward_model), batches, n, progress)
+    return measure_conflicts(folder, prepared.prompts, batches, n, config.likelihood)
+
+
+def _finished(out: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any] | None:
+    """What the command found before, if all that it leaves is still there."""
+    run = matching_run(out, command, settings, inputs)
+    done = None if run is None else run.finished(command)
+    left = ("summary.json", "report.html", "round-000/prompts.parquet", "round-000/completions.parquet")
+    if done is None or not all((out / name).is_file() for name in left):
+        return None
+    return dict(done["summary"])
+
+
+def check_reward_model(config: RewardConfig, prompt: Prompt) -> None:
+    """Score one text: a model that cannot is found out before the sampling, and leaves its memory to the policy."""
+    from dissonance.huggingface import free_memory
+    from dissonance.rewards import load_reward_model
+
+    load_reward_model(config).score([prompt.messages], [prompt.messages[-1].content])
+    free_memory()
+
+
+def audit_settings(config: AuditConfig) -> dict[str, Any]:
+    """The settings as `run.json` holds them, with what `auto` stands for here."""
+    from dissonance.huggingface import resolved
+
+    reward = {} if ":" in config.reward_model.model else {"reward_model": resolved(config.reward_model)}
+    return {**config.model_dump(mode="json"), "resolved": {"policy": resolved(config.policy), **reward}}
+
+
+def audit_inputs(config: AuditConfig, loaded: LoadedPrompts) -> dict[str, str]:
+    """Fingerprints of the prompts and of every model."""
+    from dissonance.huggingface import base_and_adapter
+
+    models = {
+        "policy.model": config.policy.model,
+        "policy.adapter": config.policy.adapter,
+        "policy.reference": config.policy.reference,
+        "reward_model.model": reward_source(config.reward_model.model),
+        "reward_model.adapter": config.reward_model.adapter,
+    }
+    for name, section in {"policy": config.policy, "reward_model": config.reward_model}.items():
+        base, _ = base_and_adapter(section, name)
+        models[f"{name}.base"] = None if base == section.model else base
+    prints = {name: source_fingerprint(source) for name, source in models.items() if source is not None}
+    return {"prompts": prompts_fingerprint(loaded.prompts), **prints}
+
+
+def reward_source(name: str) -> str:
+    """The file of a callable; else the name itself."""
+    from dissonance.rewards import function_source
+
+    return str(function_source(name) or name) if ":" in name else name
+
+
+def conflicts(
+    scored: Path | str,
+    out: Path | str,
+    *,
+    reward_kind: RewardKind = "reward",
+    likelihood: ScoredLikelihood = "sum",
+    progress: ProgressFactory = quiet,
+) -> dict[str, Any]:
+    """Measure conflict in scores that the user brings.
+
+    Args:
+        scored: rows of prompt_id, completion_id, logprob, reward, as `dissonance.scored` reads them.
+        out: the run folder; its round-000 gets the two tables, and `select` and `report` work on it.
+        reward_kind: `cost` negates the rewards.
+        likelihood: `mean` divides by n_tokens.
+        progress: opens the progress of the stage.
+
+    Returns:
+        What `summary.json` holds.
+
+    Raises:
+        InputError: the scores cannot be used; nothing was written.
+    """
+    scored, out = Path(scored), Path(out)
+    settings = {"scored": str(scored), "reward_kind": reward_kind, "likelihood": likelihood}
+    if not scored.exists():
+        raise DataError(f"{scored}: no such file or folder")
+    inputs = {"scored": source_fingerprint(str(scored))}
+    if (done := _finished(out, "conflicts", settings, inputs)) is not None:
+        return done
+    start = time.perf_counter()
+    with create_run(out, "conflicts", settings, inputs) as run:
+        try:
+            with progress("measuring", None, "completions") as advance:
+                found = measure_scored(
+                    scored,
+                    run.round() / "prompts.parquet",
+                    run.round() / "completions.parquet",
+                    reward_kind=reward_kind,
+                    likelihood=likelihood,
+                    on_progress=advance,
+                )
+        except InputError:
+            if run.fresh:
+                shutil.rmtree(out)
+            raise
+        rho = round_length_correlation(run.round())
+        keys = {**conflict_keys(found), "length_correlation": rho, "seconds": time.perf_counter() - start}
+        return conclude(run, "conflicts", keys)
+
+
+def select(
+    run: Path | str,
+    *,
+    budget: int,
+    strategy: str | Strategy = "shf_cas",
+    tau: float | str | None = None,
+    delta: float | str | None = None,
+    seed: int = 0,
+    round_number: int | None = None,
+) -> dict[str, Any]:
+    """Choose what to ask people about; writes `queries.parquet` beside the tables of the round.
+
+    Args:
+        run: a finished run folder of `audit` or `conflicts`.
+        budget: judgements to spend: 1 for a comparison or a rating, N-1 for a ranking of N.
+        strategy: a name in `dissonance.selection.STRATEGIES`, or a callable like them.
+        tau: least K of a prompt, 0.6, or a quantile, "q0.9".
+        delta: least |PACS| of a completion, likewise.
+        seed: of the strategies that draw.
+        round_number: which round to choose from; by default the latest.
+
+    Returns:
+        The keys of `select --json`.
+
+    Raises:
+        InputError: the run or the round is not there or not finished, or an option is wrong; nothing was written.
+    """
+    if seed < 0:
+        raise SettingsError(f"--seed is {seed}: give 0 or more")
+    settings = SelectionConfig.model_construct(budget=budget, tau=tau, delta=delta)
+    with open_run(Path(run)) as opened:
+        number = opened.find_round(round_number)
+        found = choose(opened, number, settings, strategy, seed)
+        stage = stage_name("select", number)
+        opened.finish(stage, budget=budget, tau=tau, delta=delta, seed=seed, summary=found)
+    return found
+
+
+def choose(run: Run, number: int, settings: SelectionConfig, strategy: str | Strategy, seed: int) -> dict[str, Any]:
+    """Choose a round's queries and write them; returns the keys of `select --json`.
+
+    Raises:
+        InputError: as `select`.
+    """
+    folder, tau, delta = run.round(number), settings.tau, settings.delta
+    pool = pool_from_tables(
+        read_table(folder / "prompts.parquet"),
+        read_table(folder / "completions.parquet"),
+        run.ledger["settings"]["likelihood"],
+    )
+    chosen = select_queries(
+        pool,
+        strategy,
+        budget=settings.budget,
+        rng=np.random.default_rng(seed),
+        tau=None if tau is None else parse_threshold(str(tau), "tau"),
+        delta=None if delta is None else parse_threshold(str(delta), "delta"),
+    )
+    write_table(folder / "queries.parquet", queries_table(chosen, number))
+    return {
+        "round": number,
+        "strategy": chosen.strategy,
+        "judgements": chosen.judgements,
+        "prompts": chosen.prompts,
+        "queries": len(chosen.queries),
+        # No quantile of nothing: where every prompt is degenerate, JSON has no word for an infinite bound.
+        "thresholds": {k: v if v is None or isfinite(v) else None for k, v in asdict(chosen.thresholds).items()},
+        "explanation": list(chosen.explanation),
+    }
+
+
+def conclude(run: Run, command: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the summary and the report, and enter the command as done."""
+    write_json(run.path / "summary.json", summary)
+    write_report(run.path)
+    run.finish(command, summary=summary)
+    Parts(run.round() / "parts").remove()
+    return dict(summary)

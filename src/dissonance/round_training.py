@@ -1,0 +1,299 @@
+"""One round's pairs -> reward model -> policy -> what became better."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dissonance.artifacts import Run, fingerprint, read_table, source_fingerprint
+from dissonance.config import (
+    AuditConfig,
+    EvaluationConfig,
+    PolicyConfig,
+    PreferencesConfig,
+    PromptsConfig,
+    RewardConfig,
+    RunConfig,
+)
+from dissonance.evaluate import Asked, Grader, HeldOut, Models, evaluate, normalised, overlaps
+from dissonance.measuring import reward_source
+from dissonance.models import RewardModel
+from dissonance.progress import ProgressFactory
+from dissonance.prompts import load_prompts
+from dissonance.records import Completion, Preference, Prompt
+from dissonance.round_labels import PAIRS
+
+REWARD_MODEL, POLICY = "reward_model", "policy"
+_ENOUGH_GOLD = 20
+"""Held-out pairs that are no ties, below which they are no test of a reward model's direction."""
+
+
+def models_of_round(run: Run, number: int, config: AuditConfig) -> tuple[PolicyConfig, RewardConfig]:
+    """The policy and the reward model that a round begins with: those that the rounds before it left."""
+    policy, reward = config.policy, config.reward_model
+    for earlier in range(number):
+        folder = run.round(earlier)
+        if (folder / POLICY).is_dir():
+            policy = _policy_in(policy, folder)
+        if (folder / REWARD_MODEL).is_dir():
+            reward = _reward_in(reward, folder)
+    return policy, reward
+
+
+def _policy_in(start: PolicyConfig, folder: Path) -> PolicyConfig:
+    return start.model_copy(update={"model": str(folder / POLICY), "adapter": None})
+
+
+def _reward_in(start: RewardConfig, folder: Path) -> RewardConfig:
+    return start.model_copy(update={"model": str(folder / REWARD_MODEL), "adapter": None, "index": None})
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Everything that a round's reward model learns from, or is measured on."""
+
+    original: list[Preference]
+    new: list[Preference]
+    """Of this round and all before."""
+    held_out_original: list[Preference]
+    held_out_new: list[Preference]
+    gold: list[Preference] | None
+    """None where there are too few to tell."""
+
+
+def pairs_of_round(run: Run, number: int, config: PreferencesConfig) -> Pairs:
+    """Read and split the pairs as a round has them (-1: before any); all pairs of a prompt are on one side for good.
+
+    Raises:
+        DataError: a file is no file of preferences.
+    """
+    from dissonance.refine.pairs import read_preferences
+
+    original = [] if config.original is None else read_preferences(config.original)
+    files = [run.round(k) / PAIRS for k in range(number + 1)]
+    new = [pair for file in files if file.is_file() for pair in read_preferences(file)]
+    held_out_new, new = _split(new, config.held_out_share)
+    if config.held_out is None:
+        held_out, original = _split(original, config.held_out_share)
+    else:
+        held_out = read_preferences(config.held_out)
+    gold: list[Preference] | None = held_out + held_out_new
+    if config.gold is not None:
+        gold = read_preferences(config.gold)
+    elif sum(not pair.tie for pair in gold or ()) < _ENOUGH_GOLD:
+        gold = None
+    return Pairs(original, new, held_out, held_out_new, gold)
+
+
+def _split(pairs: Sequence[Preference], share: float) -> tuple[list[Preference], list[Preference]]:
+    """Those that are held out, by what their prompts say, and the others."""
+    sides: tuple[list[Preference], list[Preference]] = ([], [])
+    for pair in pairs:
+        drawn = hashlib.blake2b(normalised(pair.messages).encode(), digest_size=8).digest()
+        sides[int.from_bytes(drawn) >= share * 2**64].append(pair)
+    return sides
+
+
+def refine_reward_of_round(
+    run: Run, number: int, config: RunConfig, pairs: Pairs, seed: int, progress: ProgressFactory
+) -> dict[str, Any]:
+    """Leaves `reward_model/` in the round's folder; what `refine_reward_model` returns, less its seconds."""
+    from dissonance.refine.reward import refine_reward_model
+
+    training = config.refine.reward
+    if config.trackers:
+        training = training.model_copy(update={"report_to": config.trackers})
+    _, start = models_of_round(run, number, config)
+    found = refine_reward_model(
+        training,
+        start,
+        pairs.original,
+        pairs.new,
+        pairs.held_out_original,
+        pairs.held_out_new,
+        run.round(number) / REWARD_MODEL,
+        seed=seed,
+        progress=progress,
+    )
+    return {name: value for name, value in found.items() if name != "seconds"}
+
+
+def refine_policy_of_round(
+    run: Run,
+    number: int,
+    config: RunConfig,
+    prompts: Sequence[Prompt],
+    pairs: Pairs,
+    seed: int,
+    progress: ProgressFactory,
+) -> dict[str, Any]:
+    """Leaves `policy/` in the round's folder, trained against the round's refined reward model, where there is one."""
+    from dissonance.refine.policy import refine_policy
+    from dissonance.refine.policy_trainers import ONLINE
+    from dissonance.rewards import load_reward_model
+
+    training = config.refine.policy
+    if training is None:
+        return {}
+    if config.trackers:
+        training = training.model_copy(update={"report_to": config.trackers})
+    start, reward = _ends_with(run, number, config)
+    folder = run.round(number)
+    return refine_policy(
+        training,
+        start,
+        load_reward_model(reward),
+        prompts,
+        folder / POLICY,
+        seed=seed,
+        progress=progress,
+        gold_pairs=pairs.gold,
+        completions=None if training.method in ONLINE else _completions(folder),
+    )
+
+
+def _ends_with(run: Run, number: int, config: AuditConfig) -> tuple[PolicyConfig, RewardConfig]:
+    """The policy that a round begins with, and the reward model that it ends with."""
+    policy, reward = models_of_round(run, number, config)
+    folder = run.round(number)
+    return policy, _reward_in(reward, folder) if (folder / REWARD_MODEL).is_dir() else reward
+
+
+def _completions(folder: Path) -> list[Completion]:
+    names = ("prompt_id", "completion_id", "text", "token_ids", "finish_reason", "logprob")
+    rows = read_table(folder / "completions.parquet").select(names).to_pylist()
+    return [Completion(**{**row, "token_ids": tuple(row["token_ids"])}) for row in rows]
+
+
+def evaluate_round(
+    run: Run,
+    number: int,
+    config: RunConfig,
+    prompts: Sequence[Prompt],
+    pairs: Pairs,
+    seed: int,
+    progress: ProgressFactory,
+) -> dict[str, Any]:
+    """Compare a round's policy and reward model with those it began with; what `evaluate` returns."""
+    settings = config.evaluation
+    if settings is None:
+        return {}
+    folder = run.round(number)
+    start, proxy = models_of_round(run, number, config)
+    _, refined = _ends_with(run, number, config)
+    new = _policy_in(start, folder) if (folder / POLICY).is_dir() else start
+    asked = _asked(folder, _clusters(config.prompts, settings.cluster_column))
+    return evaluate(
+        _held_out(config, settings, prompts, pairs),
+        _models(config, settings, start, new, proxy, refined, seed),
+        _grader(config, settings),
+        settings,
+        folder,
+        asked=asked,
+        progress=progress,
+    )
+
+
+def check_evaluation(config: RunConfig, prompts: Sequence[Prompt], pairs: Pairs) -> None:
+    """Find out before anything is trained what `evaluate_round` would refuse after it.
+
+    Raises:
+        DataError: held-out prompts are trained on.
+        SettingsError: the gold reward that grades also answers.
+    """
+    if config.evaluation is not None:
+        _held_out(config, config.evaluation, prompts, pairs)
+        _grader(config, config.evaluation)
+
+
+def _held_out(config: RunConfig, settings: EvaluationConfig, prompts: Sequence[Prompt], pairs: Pairs) -> HeldOut:
+    trained_on: list[Prompt | Preference] = [*prompts, *pairs.original, *pairs.new]
+    trained_clusters = _clusters(config.prompts, settings.cluster_column) or {}
+    return HeldOut(
+        load_prompts(**settings.prompts.model_dump(), seed=config.seed).prompts if settings.prompts else (),
+        trained_on,
+        pairs=_without([*pairs.held_out_original, *pairs.held_out_new], trained_on),
+        clusters=_clusters(settings.prompts, settings.cluster_column),
+        trained_clusters=set(trained_clusters.values()),
+    )
+
+
+def _without(pairs: Sequence[Preference], trained_on: Sequence[Prompt | Preference]) -> tuple[Preference, ...]:
+    """Pairs whose prompts nothing was trained on, the policy included."""
+    gone = {place for place, _ in overlaps(pairs, trained_on)}
+    return tuple(pair for place, pair in enumerate(pairs) if place not in gone)
+
+
+def _clusters(prompts: PromptsConfig | None, column: str | None) -> dict[str, str] | None:
+    """prompt_id -> what a column of the prompts' file says; None without a column."""
+    if prompts is None or column is None:
+        return None
+    whole = prompts.model_copy(update={"category_column": column, "limit": None, "sample": None})
+    return {prompt.prompt_id: str(prompt.category) for prompt in load_prompts(**whole.model_dump()).prompts}
+
+
+def _asked(folder: Path, clusters: Mapping[str, str] | None) -> Asked | None:
+    """What was asked in the round and what people said, as its pairs tell."""
+    if not (folder / PAIRS).is_file():
+        return None
+    columns = ["prompt_id", "chosen_id", "rejected_id", "tie"]
+    rows = read_table(folder / PAIRS).select(columns).to_pylist()
+    prompts, completions = (read_table(folder / f"{name}.parquet") for name in ("prompts", "completions"))
+    return Asked([_Judged(**row) for row in rows], prompts, completions.drop_columns(["token_ids"]), clusters)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    prompt_id: str
+    chosen_id: int
+    rejected_id: int
+    tie: bool
+
+
+def _models(
+    config: RunConfig,
+    settings: EvaluationConfig,
+    start: PolicyConfig,
+    new: PolicyConfig,
+    proxy: RewardConfig,
+    refined: RewardConfig,
+    seed: int,
+) -> Models:
+    """What makes each model; both policies at temperature 1 and top-p 1, so that the KL between them is one."""
+    from dissonance.rewards import load_reward_model
+    from dissonance.sampling import HFPolicy, HFReference
+
+    plain = {"n": settings.n, "temperature": 1.0, "top_p": 1.0}
+    first, second = (policy.model_copy(update=plain) for policy in (start, new))
+    reference: Callable[[], HFReference] | None = None
+    if config.policy.reference is not None:
+        reference = partial(HFReference, first, config.policy.reference)
+    return Models(
+        start=partial(HFPolicy, first, seed),
+        new=partial(HFPolicy, second, seed),
+        # An adapter's folder names its base.
+        start_likelihood=partial(HFReference, second, start.adapter or start.model),
+        proxy=partial(load_reward_model, proxy),
+        refined=None if refined == proxy else partial(load_reward_model, refined),
+        reference=reference,
+    )
+
+
+def _grader(config: RunConfig, settings: EvaluationConfig) -> Grader | None:
+    from dissonance.rewards import load_reward_model
+
+    if settings.gold is None:
+        return None
+    behind = config.feedback.reward_model
+    make: Callable[[], RewardModel] = partial(load_reward_model, settings.gold)
+    annotators = [] if behind is None else [_identity(behind)]
+    return Grader(make, _identity(settings.gold), annotators, settings.allow_annotator_as_grader)
+
+
+def _identity(reward: RewardConfig) -> str:
+    """What tells a reward model from another, whatever name it goes by."""
+    if ":" in reward.model:
+        return fingerprint([source_fingerprint(reward_source(reward.model)), reward.model.partition(":")[2]])
+    return fingerprint([source_fingerprint(name) for name in (reward.model, reward.adapter) if name is not None])
