@@ -200,7 +200,9 @@ def _arguments(
 ) -> TrlArguments:
     device = objective.classifier.device
     rate = LORA_LEARNING_RATE if is_peft_model(objective.classifier.model) else FULL_LEARNING_RATE
-    every = math.ceil(steps / config.evaluations)
+    warmup = steps // 10
+    # The first step of a warm-up has a rate of 0: before the next, there is nothing new to evaluate.
+    every = max(math.ceil(steps / config.evaluations), warmup + 1)
     return TrlArguments(
         output_dir=scratch,
         seed=seed,
@@ -209,7 +211,7 @@ def _arguments(
         gradient_accumulation_steps=config.gradient_accumulation,
         gradient_checkpointing=config.gradient_checkpointing,
         learning_rate=config.learning_rate or rate,
-        warmup_steps=math.ceil(steps / 10),
+        warmup_steps=warmup,
         weight_decay=0.01,
         bf16=objective.autocast,
         use_cpu=device.type == "cpu",

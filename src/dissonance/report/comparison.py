@@ -10,6 +10,7 @@ from dissonance.artifacts import atomic_path
 from dissonance.report.charts import BLUE, GREY, spec
 from dissonance.report.figures import Figure
 from dissonance.report.page import render_page
+from dissonance.report.round_charts import known_ends
 from dissonance.report.round_parts import Values, in_words
 
 
@@ -61,10 +62,11 @@ def _chart(rows: list[dict[str, Any]]) -> dict[str, Any]:
     ]
     x = alt.X("mean:Q", title="gold reward", scale=alt.Scale(zero=False))
     interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5, opacity=0.55)
-    layers = [
+    layers = known_ends(
+        rows,
         interval.encode(y=y, x="low:Q", x2="high:Q", color=colour, tooltip=tooltip),
         base.mark_circle(size=85, opacity=1).encode(y=y, x=x, color=colour, tooltip=tooltip),
-    ]
+    )
     return spec(alt.layer(*layers), 34 * len(rows), rows=rows)
 
 

@@ -69,14 +69,20 @@ def rounds_chart(rows: Sequence[Row], title: str, colours: dict[str, str], refer
     tooltip = [alt.Tooltip("series:N", title=title), alt.Tooltip("round:O", title="after round"), *_interval_tip()]
     interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5, opacity=0.55)
     point = base.mark_circle(size=85, opacity=1)
-    layers = [
+    layers = known_ends(
+        rows,
         interval.encode(x=x, xOffset=offset, y="low:Q", y2="high:Q", color=colour, tooltip=tooltip),
         point.encode(x=x, xOffset=offset, y=y, color=colour, tooltip=tooltip),
-    ]
+    )
     if reference is None:
         return spec(alt.layer(*layers), 230, rows=list(rows))
     across = alt.Chart(alt.NamedData("reference")).mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None)
     return spec(alt.layer(across.encode(y="y:Q"), *layers), 230, rows=list(rows), reference=[{"y": reference}])
+
+
+def known_ends(rows: Sequence[Row], interval: alt.Chart, *others: alt.Chart) -> list[alt.Chart]:
+    """The layers, that of the intervals only where one has ends: an axis of nothing but nulls has no extent."""
+    return [interval, *others] if any(row.get("low") is not None for row in rows) else list(others)
 
 
 def _interval_tip() -> list[alt.Tooltip]:
@@ -109,11 +115,12 @@ def categories_chart(rows: Sequence[Row], title: str) -> dict[str, Any]:
     base = alt.Chart(alt.NamedData("rows"))
     interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5, opacity=0.55)
     x = alt.X("mean:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=8))
-    layers = alt.layer(
+    layers = known_ends(
+        rows,
         interval.encode(x="low:Q", x2="high:Q", y=y, yOffset=offset, color=colour, tooltip=tooltip),
         base.mark_circle(size=85, opacity=1).encode(x=x, y=y, yOffset=offset, color=colour, tooltip=tooltip),
     )
-    return spec(layers, max(90, _ROW_HEIGHT * len({row["name"] for row in rows})), rows=list(rows))
+    return spec(alt.layer(*layers), max(90, _ROW_HEIGHT * len({row["name"] for row in rows})), rows=list(rows))
 
 
 def margins_chart(points: Sequence[Row], series: dict[str, str]) -> dict[str, Any]:
@@ -185,10 +192,10 @@ def bands_chart(rows: Sequence[Row], colours: dict[str, str], overall: float) ->
     area = base.transform_filter("isValid(datum.low)").mark_area(opacity=0.16, tooltip=None)
     line = base.mark_line(strokeWidth=1.8, tooltip=None)
     rule = alt.Chart(alt.NamedData("overall")).mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None)
-    layers = alt.layer(
-        rule.encode(y="y:Q"),
+    layers = known_ends(
+        rows,
         area.encode(x=x, y="low:Q", y2="high:Q", color=colour),
         line.encode(x=x, y=y, color=colour),
         base.mark_circle(size=60, opacity=1).encode(x=x, y=y, color=colour, tooltip=tooltip),
     )
-    return spec(layers, 260, rows=list(rows), overall=[{"y": overall}])
+    return spec(alt.layer(rule.encode(y="y:Q"), *layers), 260, rows=list(rows), overall=[{"y": overall}])
