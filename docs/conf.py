@@ -38,6 +38,8 @@ autodoc_preserve_defaults = True
 nitpick_ignore_regex = [
     ("py:.*", r"(pathlib|numpy|np|pa|pyarrow|collections|annotated_types|types|dissonance\.progress)\..*"),
     ("py:.*", r"ArrayLike|NDArray"),
+    # How pydantic and dataclasses spell a field's type.
+    ("py:.*", r"typing\.(Annotated|Literal)\[.*|dict\[str|dataclasses\.InitVar|dissonance\.config\.Section"),
 ]
 
 HELP_WIDTH = 100

@@ -71,7 +71,7 @@ def demo(out: Path | str, *, seeds: int = 3, seed: int = 0, progress: ProgressFa
         progress: opens the progress of the arms.
 
     Returns:
-        {"tasks": {task: {arm: {"gold_reward", "reward_accuracy": intervals over the seeds, "judgements"}}}}.
+        `tasks`, by task and arm: `gold_reward` and `reward_accuracy`, intervals over the seeds, and `judgements`.
     """
     if seeds < 1 or seed < 0:
         raise SettingsError(f"--seeds is {seeds} and --seed {seed}: give at least 1, and a seed from 0 up")
