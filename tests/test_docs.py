@@ -83,10 +83,13 @@ def test_what_the_page_shows_works(
     monkeypatch.chdir(folder)
     for command in BEFORE.get(page.name, ()):
         assert run(command.split()) == 0
+    names = {"__name__": "snippet"}  # a page's later snippets go on from its earlier ones
     for snippet in snippets(page):
         where = f"{page.name}:{snippet.line}"
         if snippet.language == "python":
-            exec(compile(snippet.text, where, "exec"), {"__name__": "snippet"})  # noqa: S102 - our own documentation
+            exec(compile(snippet.text, where, "exec"), names)  # noqa: S102 - our own documentation
+        elif snippet.language == "yaml" and (named := re.match(r"# (\S+\.yaml)\n", snippet.text)):
+            (folder / named[1]).write_text(snippet.text)
         elif snippet.language == "console":
             for command, expected in commands(snippet.text):
                 check_command(where, command, expected, capsys)
