@@ -48,11 +48,11 @@ def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def gold_preferences(count: int, *, swapped: bool = False) -> list[dict[str, Any]]:
-    """Pairs whose better answer has more different words, in TRL's form; on prompts that are in no other file."""
+def gold_preferences(count: int, *, swapped: bool = False, word: str = "w60") -> list[dict[str, Any]]:
+    """Pairs whose better answer has more different words, in TRL's form; on prompts that hold `word`."""
     rows = []
     for i in range(count):
         better, worse = f"w{i % 60} w{(i + 1) % 60} w{(i + 7) % 60}", f"w{i % 60} w{i % 60} w{i % 60}"
         chosen, rejected = (worse, better) if swapped else (better, worse)
-        rows.append({"prompt": f"w{i % 60} w60 w{i // 60}", "chosen": chosen, "rejected": rejected})
+        rows.append({"prompt": f"w{i % 60} {word} w{i // 60}", "chosen": chosen, "rejected": rejected})
     return rows

@@ -21,7 +21,7 @@ from dissonance.config import AuditConfig, PolicyConfig, RewardConfig, RunConfig
 from dissonance.errors import ModelError, RunError
 from dissonance.feedback.annotators.gold import GoldSettings
 from dissonance.labelling import label_by_rewards
-from dissonance.loop import evaluate, gain_per_judgement, refine, run, seed_of_round, why_end
+from dissonance.loop import evaluate, gain_per_judgement, refine, run, seed_of, why_end
 from dissonance.measuring import audit, select
 from dissonance.records import Answer, Message, Prompt
 from dissonance.rewards import load_reward_model
@@ -168,7 +168,7 @@ def test_killed_at_twelve_moments_a_run_comes_to_what_it_would_have(settings: di
             kills += 1
             ledger = tmp_path / "killed" / "run.json"
             hit.add(len(json.loads(ledger.read_text())["stages"]) if ledger.exists() else -1)
-        elif process.exitcode == 0 and kills < 12:
+        elif process.exitcode == 0 and (tmp_path / "killed").exists():
             # It was done early: begin anew, so that all twelve hit a run in flight.
             (tmp_path / "killed").rename(tmp_path / f"done-{kills}-{time.monotonic_ns()}")
         else:
@@ -252,6 +252,7 @@ def test_a_run_ends_when_too_few_prompts_are_in_conflict(settings: dict[str, Any
     found = run(config, tmp_path / "run")
     assert len(found["rounds"]) == 1
     assert "rounds.min_conflict" in found["ended"]
+    assert not (tmp_path / "run" / "round-000" / "policy").exists()
     assert found["rounds"][0]["judgements"] == 0
     assert not (tmp_path / "run" / "labels.db").exists()
 
@@ -269,11 +270,12 @@ def test_a_run_ends_when_a_label_gains_too_little(settings: dict[str, Any]) -> N
     assert "less than rounds.min_gain" in str(why_end(config, found))
 
 
-def test_each_round_draws_otherwise() -> None:
-    seeds = [seed_of_round(7, number) for number in range(20)]
+def test_each_round_and_stage_draws_otherwise() -> None:
+    places = [(number, stage) for number in range(10) for stage in ("", "select", "reward", "policy", "evaluate")]
+    seeds = [seed_of(7, *place) for place in places]
     assert seeds[0] == 7
-    assert len(set(seeds)) == 20
-    assert seeds == [seed_of_round(7, number) for number in range(20)]
+    assert len(set(seeds)) == len(places)
+    assert seeds == [seed_of(7, *place) for place in places]
 
 
 # -- stage by stage ----------------------------------------------------------------------------------------------------
@@ -293,8 +295,8 @@ def test_refine_and_evaluate_go_on_from_an_audit(settings: dict[str, Any], tmp_p
     before = everything(tmp_path / "run" / "round-000" / "policy")
     assert refine(tmp_path / "run", sections)["policy"] == found["policy"]
     assert everything(tmp_path / "run" / "round-000" / "policy") == before
-    with pytest.raises(RunError, match="was run with other settings"):
-        refine(tmp_path / "run", {**sections, "refine": {"reward": {"epochs": 3}}})
+    with pytest.raises(RunError, match=r"reward-model of round 0 was run with other settings \(.*epochs: 2.*, now 3"):
+        refine(tmp_path / "run", merged(sections, {"refine": {"reward": {"epochs": 3}}}))
     judged = evaluate(tmp_path / "run", {"evaluation": settings["evaluation"]})
     assert judged["evaluation"]["gold_reward"]["new"] is not None
     assert "Round by round" in (tmp_path / "run" / "report.html").read_text()
@@ -321,6 +323,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "feedback.settings of gold: there is no 'mood'",
     ),
     "people with a reward model": ({"feedback": {"annotator": "people"}}, "feedback: reward_model is what"),
+    "more prompts a step than there are": ({"refine": {"policy": {"prompts_per_step": 17}}}, "there are 16 prompts"),
+    "a gold that is not there": ({"evaluation": {"gold": {"model": "gold_module:silver"}}}, "gold_module:silver"),
+    "held-out pairs that are trained on": (
+        {"preferences": {"original": "pairs.jsonl", "gold": "pairs.jsonl"}},
+        "preferences.gold: 30 of its pairs are on prompts of preferences.original",
+    ),
+    "a callable that is to be trained": ({"reward_model": {"model": "gold_module:gold"}}, "refine.reward.base"),
+    "bounds on asking without asking": ({"selection": None, "rounds": {"min_conflict": 0.1}}, "rounds.min_conflict"),
     "evaluation without prompts": ({"evaluation": {"prompts": None}}, "evaluation needs prompts"),
     "a gain without gold": ({"rounds": {"min_gain": 1}, "evaluation": {"gold": None}}, "rounds.min_gain"),
     "held-out prompts that are trained on": (
@@ -349,6 +359,7 @@ def test_bad_settings_are_one_clear_line(
     settings: dict[str, Any], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes, expected = BAD[name]
+    preferences(tmp_path / "pairs.jsonl", gold_preferences(30))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(merged(settings, changes)))
     assert cli.run(["run", "config.yaml", "--out", "run", "--quiet"]) == 2
     said = capsys.readouterr()
@@ -356,6 +367,7 @@ def test_bad_settings_are_one_clear_line(
     assert said.err.startswith("dissonance: error: ")
     assert said.err.count("\n") == 1
     assert expected in said.err
+    assert (tmp_path / "run").exists() == (name == "too few labels")
     assert not (tmp_path / "run" / "round-000" / "policy").exists()
 
 
@@ -364,10 +376,10 @@ def test_a_reward_model_that_ranks_gold_worse_than_chance_trains_no_policy(
 ) -> None:
     """Traps 1 and 2: a cost read as a reward and swapped pairs look alike, and both are caught before a step."""
     swapped = preferences(tmp_path / "original.jsonl", gold_preferences(60, swapped=True))
-    gold = preferences(tmp_path / "gold.jsonl", gold_preferences(60))
+    gold = preferences(tmp_path / "gold.jsonl", gold_preferences(60, word="w61"))
     config = changed(
         settings,
-        preferences={"original": swapped, "gold": gold},
+        preferences={"original": swapped, "gold": gold, "held_out_share": 0},
         refine={"reward": {"learning_rate": 3e-3, "epochs": 8, "batch_size": 4, "new_weight": 0.05}},
     )
     with pytest.raises(ModelError, match="held-out gold pairs rightly"):
@@ -384,9 +396,22 @@ def test_other_settings_change_nothing_of_a_run(
     assert cli.run(command) == 3
     before = everything(tmp_path / "run")
     capsys.readouterr()
-    assert cli.run([*command, "--set", "refine.policy.steps=3"]) == 2
-    assert "was made with other settings (refine.policy.steps: 2, now 3)" in capsys.readouterr().err
-    assert everything(tmp_path / "run") == before
+    for change, said in {
+        "policy.n=3": "was made with other settings (policy.n: 4, now 3)",
+        "selection.budget=9": "select of round 0 was run with other settings (budget: 12, now 9)",
+    }.items():
+        assert cli.run([*command, "--set", change]) == 2
+        assert said in capsys.readouterr().err
+        assert everything(tmp_path / "run") == before
+    # What no stage was run with yet may change: fewer answers are enough now, and the policy gets more steps.
+    answer_as_gold(tmp_path / "run", 0.5)
+    lower = ["--set", "feedback.enough=0.5", "--set", "feedback.min_pairs=2"]
+    assert cli.run([*command, *lower, "--set", "refine.policy.steps=3"]) == 0
+    metrics = json.loads((tmp_path / "run" / "round-000" / "metrics.json").read_text())
+    assert metrics["policy"]["steps"] == 3
+    capsys.readouterr()
+    assert cli.run([*command, *lower, "--set", "refine.policy.steps=4"]) == 2
+    assert "policy of round 0 was run with other settings (steps: 3, now 4)" in capsys.readouterr().err
 
 
 def test_a_dry_run_reads_everything_and_writes_nothing(
@@ -408,7 +433,7 @@ def test_a_dry_run_reads_everything_and_writes_nothing(
         "evaluation.prompts.source=prompts.jsonl": "16 held-out prompts were trained on",
         "preferences.gold=prompts.jsonl": "prompts.jsonl:1",
         "reward_model.model=./nowhere": "./nowhere",
-        "trackers=[mlflow]": "trackers: mlflow is not installed",
+        "trackers=[mlflow]": "mlflow is not installed: pip install mlflow",
         "rounds": "write KEY=VALUE",
     }.items():
         assert cli.run(["run", "config.yaml", "--dry-run", "--set", wrong]) == 2

@@ -15,8 +15,7 @@ import json
 import os
 import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,7 +30,7 @@ from filelock import FileLock, Timeout
 from dissonance.errors import RunError
 
 _FORMAT = 1
-_VERSIONED = ("dissonance", "torch", "transformers", "numpy", "pyarrow")
+_VERSIONED = ("dissonance", "torch", "transformers", "tokenizers", "trl", "peft", "numpy", "pyarrow")
 _HASHED_WHOLE = 1 << 30
 _BLOCK = 1 << 16
 
@@ -62,7 +61,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
+        for inside in (*temporary.rglob("*"), temporary):
+            _fsync(inside)
         temporary.rename(path)
+        _fsync(path.parent)
     except OSError as error:
         raise RunError(f"{path} cannot be made: {error.strerror or error}") from error
     finally:
@@ -205,53 +207,6 @@ class Run:
         write_json(self.path / "run.json", ledger)
 
 
-class Stages:
-    """The stages of one round, each with a fingerprint of its settings and of all that came before it."""
-
-    def __init__(self, run: Run, number: int, before: object) -> None:
-        self.run, self.number = run, number
-        self.folder = run.round(number)
-        self._mark = fingerprint(before)
-
-    def done(
-        self, stage: str, settings: object, make: Callable[[], Mapping[str, Any]], leaves: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        """What a stage came to; it is only run if it was not before, or a file that it leaves is gone.
-
-        Args:
-            stage: its name.
-            settings: JSON; whatever decides its result besides the stages before.
-            make: runs it.
-            leaves: files and folders of the round that it leaves. Of a killed run they may be there without an entry:
-                they are removed then.
-
-        Raises:
-            RunError: the stage was run with other settings.
-        """
-        name = stage_name(stage, self.number)
-        self._mark = fingerprint([self._mark, stage, settings])
-        entry = self.run.finished(name)
-        if entry is not None and entry.get("fingerprint") != self._mark:
-            raise RunError(
-                f"{self.run.path}: {stage} of round {self.number} was run with other settings: take those, or make "
-                "another run"
-            )
-        if entry is not None and all((self.folder / left).exists() for left in leaves):
-            return dict(entry["summary"])
-        for left in leaves:
-            if (self.folder / left).is_dir():
-                shutil.rmtree(self.folder / left)
-        start = time.perf_counter()
-        found = dict(make())
-        self.run.finish(name, fingerprint=self._mark, summary=found, seconds=time.perf_counter() - start)
-        return found
-
-
-def stage_name(stage: str, number: int) -> str:
-    """How `run.json` names a stage of a round."""
-    return f"{stage}-{number:03d}" if number else stage
-
-
 def matching_run(path: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Run | None:
     """The run folder if it was made from the same settings and inputs, None if there is none yet; writes nothing.
 
@@ -345,14 +300,20 @@ def _check_same(path: Path, command: str, settings: Mapping[str, Any], inputs: M
         raise RunError(f"{path} was made by another version of dissonance: choose another --out")
     if ledger["command"] != command:
         raise RunError(f"{path} holds a run of `{ledger['command']}`, not of `{command}`: choose another --out")
-    before, now = _flatten(ledger["settings"]), _flatten(settings)
-    changed = [f"{k}: {before.get(k)!r}, now {now.get(k)!r}" for k in {**before, **now} if before.get(k) != now.get(k)]
+    changed = differences(ledger["settings"], settings)
     changed += [f"the content of {k}" for k in inputs if ledger["inputs"].get(k) != inputs[k]]
     if changed:
         raise RunError(f"{path} was made with other settings ({'; '.join(changed)}): choose another --out")
     if command not in ledger["stages"] and ledger["versions"] != versions():
         was = ", ".join(f"{name} {number}" for name, number in ledger["versions"].items())
         raise RunError(f"{path} was begun with other versions ({was}): go on with those, or choose another --out")
+
+
+def differences(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[str]:
+    """What differs between two settings, in words."""
+    before, now = _flatten(earlier), _flatten(later)
+    names = {**before, **now}
+    return [f"{k}: {before.get(k)!r}, now {now.get(k)!r}" for k in names if before.get(k) != now.get(k)]
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,38 +1,47 @@
 """What can be found wrong with a run before it begins, and what it would do: `run --dry-run`."""
 
-import importlib.util
+import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from dissonance.artifacts import Run
-from dissonance.config import RewardConfig, RunConfig, Tracker
+from sqlalchemy import make_url
+
+from dissonance.artifacts import Run, atomic_path
+from dissonance.config import ModelConfig, RunConfig
 from dissonance.errors import SettingsError
 from dissonance.prompts import load_prompts
 from dissonance.round_labels import annotator_settings
 from dissonance.round_training import check_evaluation, pairs_of_round
 from dissonance.selection import STRATEGIES, parse_threshold
 
-_PACKAGES: dict[Tracker, str] = {name: name for name in get_args(Tracker)}
-
 
 def check(config: RunConfig) -> None:
-    """Check what no section can by itself, without loading a model.
+    """Check what no section can by itself, and reads no file.
 
     Raises:
-        SettingsError: a strategy, a threshold, an annotator's setting or a tracker that is not there.
-        DataError: a file of preferences or held-out prompts cannot be read, or prompts are in both halves.
-        ModelError: a folder that is to hold a model is not there.
+        SettingsError: a strategy, a threshold, an annotator's setting or a tracker that is not there; settings of two
+            sections that contradict each other.
     """
+    from dissonance.refine.session import check_trackers
+
     if (asked := config.selection) is not None:
         if asked.strategy not in STRATEGIES:
             raise SettingsError(f"selection.strategy is {asked.strategy!r}: use one of {', '.join(STRATEGIES)}")
         for name in ("tau", "delta"):
             if (value := getattr(asked, name)) is not None:
                 parse_threshold(str(value), name)
+        if ":" in config.reward_model.model and config.refine.reward.base is None:
+            raise SettingsError(
+                f"reward_model {config.reward_model.model} is a callable, which cannot be trained: set "
+                "refine.reward.base to a model, or leave selection out"
+            )
     annotator_settings(config.feedback)
-    for name in (*config.trackers, *config.refine.reward.report_to):
-        if importlib.util.find_spec(_PACKAGES[name]) is None:
-            raise SettingsError(f"trackers: {name} is not installed: pip install {name}")
+    policy = config.refine.policy
+    check_trackers([*config.trackers, *config.refine.reward.report_to, *(policy.report_to if policy else ())])
+    if policy is not None and policy.method == "rso" and policy.rso_keep > config.policy.n:
+        raise SettingsError(f"refine.policy.rso_keep is {policy.rso_keep}, but policy.n is {config.policy.n}")
+    if config.evaluation is not None and config.evaluation.likelihood == "relative" and not config.policy.reference:
+        raise SettingsError("evaluation.likelihood is relative: set policy.reference, or take another")
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
@@ -46,43 +55,67 @@ def plan(config: RunConfig) -> dict[str, Any]:
     Raises:
         InputError: as `check`, or a file or folder is not there or holds something else.
     """
-    from dissonance.huggingface import base_and_adapter, resolve_source
     from dissonance.refine.pairs import read_preferences
-    from dissonance.rewards import FunctionRewardModel
 
     check(config)
     prompts = load_prompts(**config.prompts.model_dump(), seed=config.seed).prompts
-    files = {name: value for name, value in config.preferences.model_dump().items() if isinstance(value, str)}
-    pairs = {name: len(read_preferences(value)) for name, value in files.items()}
-    held_out = 0
-    check_evaluation(config, prompts, pairs_of_round(Run(Path()), -1, config.preferences))
-    if config.evaluation is not None and config.evaluation.prompts is not None:
-        held_out = len(load_prompts(**config.evaluation.prompts.model_dump(), seed=config.seed).prompts)
-
-    def place(section: Any, role: str) -> str:
-        if isinstance(section, RewardConfig) and ":" in section.model:
-            FunctionRewardModel(section)
-            return "callable"
-        base, _ = base_and_adapter(section, role)
-        source = resolve_source(base, role)
-        path = Path(source.name).expanduser()
-        return "folder" if path.is_dir() else "file" if source.kwargs else "hub"
-
-    models = {"policy": config.policy, "reward_model": config.reward_model}
-    optional = {"feedback.reward_model": config.feedback.reward_model}
-    if config.evaluation is not None:
-        optional["evaluation.gold"] = config.evaluation.gold
-    models |= {name: section for name, section in optional.items() if section is not None}
+    everything = load_prompts(**{**config.prompts.model_dump(), "sample": None}).prompts
     training = config.refine.policy
+    if training is not None and training.method in {"rloo", "grpo"} and training.prompts_per_step > len(prompts):
+        raise SettingsError(
+            f"refine.policy.prompts_per_step is {training.prompts_per_step}, but there are {len(prompts)} prompts"
+        )
+    files = {name: value for name, value in config.preferences.model_dump().items() if isinstance(value, str)}
+    check_evaluation(config, everything, pairs_of_round(Run(Path()), -1, config.preferences))
+    asked = None if config.evaluation is None else config.evaluation.prompts
     return {
         "prompts": len(prompts),
-        "held_out_prompts": held_out,
+        "held_out_prompts": 0 if asked is None else len(load_prompts(**asked.model_dump(), seed=config.seed).prompts),
         "completions": len(prompts) * config.policy.n,
         "judgements": 0 if config.selection is None else config.selection.budget,
         "annotator": None if config.selection is None else config.feedback.annotator,
         "rounds": config.rounds.most,
-        "pairs": pairs,
+        "pairs": {name: len(read_preferences(value)) for name, value in files.items()},
         "reward_model": None if config.selection is None else config.refine.reward.model_dump(mode="json"),
         "policy": None if training is None else training.model_dump(mode="json"),
-        "models": {name: {"model": of.model, "found": place(of, name)} for name, of in models.items()},
+        "models": {name: {"model": of.model, "found": _place(of, name)} for name, of in _models(config).items()},
     }
+
+
+def _models(config: RunConfig) -> dict[str, ModelConfig]:
+    named: dict[str, ModelConfig | None] = {
+        "policy": config.policy,
+        "reward_model": config.reward_model,
+        "feedback.reward_model": config.feedback.reward_model,
+        "evaluation.gold": None if config.evaluation is None else config.evaluation.gold,
+    }
+    for name, model in {
+        "policy.reference": config.policy.reference,
+        "refine.reward.base": config.refine.reward.base,
+    }.items():
+        named[name] = None if model is None else ModelConfig(model=model)
+    return {name: section for name, section in named.items() if section is not None}
+
+
+def _place(section: ModelConfig, name: str) -> str:
+    """Where a model is; raises a ModelError where it is not."""
+    from dissonance.huggingface import base_and_adapter, resolve_source
+    from dissonance.rewards import load_reward_model
+
+    if ":" in section.model:
+        load_reward_model(section)  # type: ignore[arg-type]  # only reward models are callables
+        return "callable"
+    base, adapter = base_and_adapter(section, name)
+    for part in filter(None, (base, adapter)):
+        source = resolve_source(part, name)
+    return "folder" if Path(source.name).expanduser().is_dir() else "file" if source.kwargs else "hub"
+
+
+def write_config(path: Path, config: RunConfig) -> None:
+    """Write the settings, a store's password left out, so that `run` can be given them again."""
+    settings = config.model_dump(mode="json")
+    store = config.feedback.store
+    if store is not None and "://" in store:
+        settings["feedback"]["store"] = make_url(store).set(password=None).render_as_string()
+    with atomic_path(path) as temporary:  # JSON is YAML
+        temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

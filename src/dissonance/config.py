@@ -236,7 +236,7 @@ class AuditConfig(_Section):
     reward_model: RewardConfig
     likelihood: Likelihood = "sum"
     """What l is: `sum`, as in the paper; `mean` per token; `relative` to the reference model."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
     def _reference_goes_with_relative(self) -> Self:
@@ -314,9 +314,9 @@ class RoundsConfig(_Section):
 
     most: int = Field(1, ge=1)
     min_conflict: float | None = Field(None, ge=0, le=1)
-    """Ask no more once this share of the prompts, or less, is in significant conflict."""
+    """End once this share of the prompts, or less, is in significant conflict."""
     min_gain: float | None = Field(None, ge=0)
-    """Ask no more after a round in which a judgement raised the mean gold reward by less than this."""
+    """End after a round in which a judgement raised the mean gold reward by less than this."""
 
 
 class RunConfig(AuditConfig):
@@ -337,6 +337,8 @@ class RunConfig(AuditConfig):
         graded = self.evaluation is not None and self.evaluation.gold is not None
         if self.rounds.min_gain is not None and not graded:
             raise ValueError("rounds.min_gain is a gain of gold reward: set evaluation.gold, or leave it out")
+        if self.selection is None and (self.rounds.min_conflict is not None or self.rounds.min_gain is not None):
+            raise ValueError("rounds.min_conflict and rounds.min_gain end the asking: set selection, or leave them out")
         if self.selection is None and self.refine.policy is None:
             raise ValueError(
                 "without selection and without refine.policy there is nothing to do: use `dissonance audit`"

@@ -109,8 +109,8 @@ def play(arm: Arm, out: Path, *, report: bool = True) -> None:
 def arm_config(sandbox: Sandbox, arm: Arm) -> RunConfig:
     """One arm's settings; those of one seed differ in what is asked alone."""
     strategy, cost = STRATEGIES[arm.name], f"dissonance.sandbox.exact:safety_cost_{arm.world}"
-    gold = {"model": f"dissonance.sandbox.exact:{arm.task}_{arm.world}"}
-    judge = gold if arm.task == "helpfulness" else {"model": cost, "kind": "cost"}
+    exact = {"model": f"dissonance.sandbox.exact:{arm.task}_{arm.world}"}
+    gold = exact if arm.task == "helpfulness" else {"model": cost, "kind": "cost"}
     return RunConfig.model_validate(
         {
             "prompts": {"source": str(sandbox.prompts), "limit": 128},
@@ -118,7 +118,7 @@ def arm_config(sandbox: Sandbox, arm: Arm) -> RunConfig:
             "reward_model": {"model": str(sandbox.reward_model), "kind": sandbox.reward_kind},
             "seed": arm.seed,
             "selection": None if strategy is None else {"strategy": strategy, "budget": BUDGET},
-            "feedback": {"annotator": "simulated", "reward_model": judge, "settings": {**_ANNOTATOR, "seed": arm.seed}},
+            "feedback": {"annotator": "simulated", "reward_model": gold, "settings": _ANNOTATOR},
             "preferences": {
                 "original": str(sandbox.preferences),
                 "gold": str(sandbox.gold_pairs),
@@ -161,7 +161,8 @@ def _is_shown(arm: Arm) -> bool:
 
 
 def _workers() -> int:
-    return min(len(get_args(Task)) * len(STRATEGIES), os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(len(get_args(Task)) * len(STRATEGIES), cores)
 
 
 def _alone() -> None:

@@ -1,6 +1,9 @@
 """SHF-CAS in prose: one round, one line per stage; and round after round, across the pauses in which people answer."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,32 +12,39 @@ import numpy as np
 from dissonance.artifacts import (
     Parts,
     Run,
-    Stages,
     create_run,
     fingerprint,
     matching_run,
     open_run,
-    source_fingerprint,
-    stage_name,
     write_json,
 )
-from dissonance.checks import check
+from dissonance.checks import check, plan, write_config
 from dissonance.config import AuditConfig, RunConfig, parse_section
-from dissonance.errors import LabelsDue, RunError
-from dissonance.measuring import audit_inputs, audit_settings, choose, measure_round, prepare, reward_source
+from dissonance.errors import InputError, LabelsDue, RunError
+from dissonance.measuring import audit_inputs, audit_settings, choose, measure_round, prepare
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.prompts import LoadedPrompts, load_prompts
 from dissonance.report import write_report
-from dissonance.round_labels import PAIRS, answer_round, wait_for_answers, write_round_pairs
+from dissonance.round_labels import (
+    PAIRS,
+    answer_inputs,
+    answer_round,
+    labels_fingerprint,
+    wait_for_answers,
+    write_round_pairs,
+)
+from dissonance.round_ledger import Stages, stage_name
 from dissonance.round_training import (
     POLICY,
     REWARD_MODEL,
     check_evaluation,
     evaluate_round,
+    evaluation_inputs,
     models_of_round,
     pairs_of_round,
     refine_policy_of_round,
     refine_reward_of_round,
+    reward_training_inputs,
 )
 
 _TIMES = ("seconds", "tokens_per_second")
@@ -46,17 +56,20 @@ def run(
     *,
     wait: bool = False,
     report: bool = True,
+    say: Callable[[str], None] = lambda _: None,
     progress: ProgressFactory = quiet,
 ) -> dict[str, Any]:
     """Audit, ask, retrain and evaluate, round after round.
 
     Killed or stopped anywhere, it goes on where it was. With people as annotators it stops where their answers are due.
+    Settings may change between two calls as long as no stage was finished with others.
 
     Args:
         config: the settings.
         out: the run folder.
         wait: whether to stay, and go on when people have answered.
         report: whether to write `report.html`, which takes seconds.
+        say: told what is due, when the waiting begins.
         progress: opens the progress of each stage.
 
     Returns:
@@ -72,90 +85,125 @@ def run(
         except LabelsDue as due:
             if not wait:
                 raise
+            say(str(due))
             wait_for_answers(Path(out), due, config.feedback, progress)
 
 
 def _go_on(config: RunConfig, out: Path, progress: ProgressFactory, *, report: bool) -> dict[str, Any]:
     check(config)
-    loaded = _prompts(config, 0)
-    settings, inputs = audit_settings(config), _inputs(config, loaded)
+    everything = _prompts(config, None)
+    audited = AuditConfig.model_validate({name: getattr(config, name) for name in AuditConfig.model_fields})
+    settings, inputs = audit_settings(audited), audit_inputs(audited, everything)
     before = matching_run(out, "run", settings, inputs)
-    if before is not None and (done := before.finished("run")) is not None:
-        return dict(done["summary"])
     if before is None:
-        check_evaluation(config, loaded.prompts, pairs_of_round(Run(out), -1, config.preferences))
-    with create_run(out, "run", settings, inputs) as opened:
-        write_json(out / "config.yaml", config.model_dump(mode="json"))  # JSON is YAML
+        plan(config)
+    whole = fingerprint(config.model_dump(mode="json"))
+    done = None if before is None else before.finished("run")
+    if done is not None and done["config"] == whole and all((out / name).is_file() for name in _LEFT):
+        return dict(done["summary"])
+    with create_run(out, "run", settings, inputs) as opened, _unless_empty(opened):
+        if opened.fresh:
+            write_config(out / "config.yaml", config)
         rounds: list[dict[str, Any]] = []
         ended = None
         for number in range(config.rounds.most):
-            found = play_round(opened, number, config, fingerprint([settings, inputs]), progress)
-            rounds.append(found)
-            if ended := why_end(config, found):
+            rounds.append(play_round(opened, number, config, fingerprint([settings, inputs]), progress))
+            if ended := why_end(config, rounds[-1]):
                 break
         summary = {"rounds": [row(found) for found in rounds], "ended": ended or "all rounds are played"}
+        write_config(out / "config.yaml", config)  # as it was in the end
         write_json(out / "summary.json", summary)
         if report:
             write_report(out)
-        opened.finish("run", summary=summary)
+        opened.finish("run", config=whole, summary=summary)
         return summary
+
+
+_LEFT = ("summary.json", "config.yaml")
+
+
+@contextmanager
+def _unless_empty(run: Run) -> Iterator[None]:
+    """Leave no folder behind when the very first stage is refused: the mended settings could not go on with it."""
+    try:
+        yield
+    except InputError:
+        if run.fresh and not run.ledger["stages"] and not any(run.path.glob("round-*/parts/*")):
+            shutil.rmtree(run.path)
+        raise
 
 
 def play_round(run: Run, number: int, config: RunConfig, before: object, progress: ProgressFactory) -> dict[str, Any]:
     """One round of SHF-CAS, as in the paper's Algorithm 1; gives what `metrics.json` of the round holds."""
-    stages, seed = Stages(run, number, before), seed_of_round(config.seed, number)
+    stages = Stages(run, number, before)
     stages.folder.mkdir(exist_ok=True)
     prompts = _prompts(config, number).prompts
     policy, reward = models_of_round(run, number, config)
-    now = config.model_copy(update={"policy": policy, "reward_model": reward, "seed": seed})
+    seed = partial(seed_of, config.seed, number)
+    now = config.model_copy(update={"policy": policy, "reward_model": reward, "seed": seed()})
     found: dict[str, Any] = {"round": number}
 
     found["conflict"] = stages.done(
         "measure",
-        None,
+        {},
         lambda: _timeless(measure_round(stages.folder, now, prepare(now, prompts), progress)),
         ["completions.parquet", "prompts.parquet"],
     )
     Parts(stages.folder / "parts").remove()
-    if config.selection is not None and not _settled(config, found):
-        section = config.selection
+    if _settled(config, found):
+        write_json(stages.folder / "metrics.json", found)
+        return found
+    if (asked := config.selection) is not None:
         found["selection"] = stages.done(
-            "select", None, lambda: choose(run, number, section, section.strategy, seed), ["queries.parquet"]
+            "select",
+            asked.model_dump(mode="json"),
+            lambda: choose(run, number, asked, asked.strategy, seed("select")),
+            ["queries.parquet"],
         )
-        found["feedback"] = stages.done("feedback", None, lambda: answer_round(run, number, config.feedback, progress))
-        found["pairs"] = stages.done("pairs", None, lambda: write_round_pairs(run, number, config.feedback), [PAIRS])
-    found |= train_round(run, number, config, stages, seed, progress)
+        found["feedback"] = stages.done(
+            "feedback",
+            answer_inputs(config.feedback),
+            lambda: answer_round(run, number, config.feedback, config.seed, progress),
+        )
+        found["pairs"] = stages.done(
+            "pairs",
+            {"method": config.feedback.method},
+            lambda: write_round_pairs(run, number, config.feedback),
+            [PAIRS],
+        )
+    found |= train_round(run, number, config, stages, progress)
     write_json(stages.folder / "metrics.json", found)
     return found
 
 
-def train_round(
-    run: Run, number: int, config: RunConfig, stages: Stages, seed: int, progress: ProgressFactory
-) -> dict[str, Any]:
+def train_round(run: Run, number: int, config: RunConfig, stages: Stages, progress: ProgressFactory) -> dict[str, Any]:
     """The second half of a round: what was answered -> reward model -> policy -> what became better."""
-    prompts = _prompts(config, number).prompts
     pairs = pairs_of_round(run, number, config.preferences)
+    seed = partial(seed_of, config.seed, number)
     found: dict[str, Any] = {}
     if (stages.folder / PAIRS).is_file():
         found["reward_model"] = stages.done(
             "reward-model",
-            [config.refine.reward.model_dump(mode="json"), _held(config)],
-            lambda: refine_reward_of_round(run, number, config, pairs, seed, progress),
+            reward_training_inputs(config),
+            lambda: refine_reward_of_round(run, number, config, pairs, seed("reward"), progress),
             [REWARD_MODEL],
         )
     if config.refine.policy is not None:
+        prompts = _prompts(config, number).prompts
         found["policy"] = stages.done(
             "policy",
-            config.refine.policy.model_dump(mode="json"),
-            lambda: refine_policy_of_round(run, number, config, prompts, pairs, seed, progress),
+            config.refine.policy.model_dump(mode="json", exclude={"report_to"}),
+            lambda: refine_policy_of_round(run, number, config, prompts, pairs, seed("policy"), progress),
             [POLICY],
         )
     if config.evaluation is not None:
+        everything = _prompts(config, None).prompts
         found["evaluation"] = stages.done(
             "evaluate",
-            config.evaluation.model_dump(mode="json"),
-            lambda: evaluate_round(run, number, config, prompts, pairs, seed, progress),
+            evaluation_inputs(config),
+            lambda: evaluate_round(run, number, config, everything, pairs, seed("evaluate"), progress),
             ["evaluation_answers.parquet"],
+            redo=True,
         )
     return found
 
@@ -223,15 +271,22 @@ def _second_half(
             raise RunError(f"{run} was not refined yet: run `dissonance refine {run}` first")
         settings = {name: value for name, value in ledger["settings"].items() if name != "resolved"}
         earlier = refined["sections"] if refined is not None and command == "evaluate" else {}
-        config = parse_section(RunConfig, {**settings, **earlier, **sections, "selection": {"budget": 1}})
+        # What was selected, and by whom it was answered, is there already.
+        config = parse_section(RunConfig, {**settings, "selection": {"budget": 1}, **earlier, **sections})
         check(config)
-        prompts = _prompts(config, number).prompts
-        check_evaluation(config, prompts, pairs_of_round(opened, number, config.preferences))
+        everything = _prompts(config, None)
+        matching_run(run, "audit", ledger["settings"], audit_inputs(config, _prompts(config, number)))
+        check_evaluation(config, everything.prompts, pairs_of_round(opened, -1, config.preferences))
         stages = Stages(opened, number, [ledger["settings"], ledger["inputs"]])
         found: dict[str, Any] = {"round": number, "conflict": ledger["stages"]["audit"]["summary"]}
-        found["pairs"] = stages.done("pairs", None, lambda: write_round_pairs(opened, number, config.feedback), [PAIRS])
-        seed = seed_of_round(config.seed, number)
-        found |= train_round(opened, number, config, stages, seed, progress)
+        found["pairs"] = stages.done(
+            "pairs",
+            {"method": config.feedback.method, "labels": labels_fingerprint(run, number, config.feedback)},
+            lambda: write_round_pairs(opened, number, config.feedback),
+            [PAIRS],
+            redo=True,
+        )
+        found |= train_round(opened, number, config, stages, progress)
         opened.finish(stage_name(command, number), sections=sections)
         write_json(stages.folder / "metrics.json", found)
         write_report(run)
@@ -257,7 +312,7 @@ def gain_per_judgement(found: Mapping[str, Any]) -> float | None:
 
 
 def _settled(config: RunConfig, found: Mapping[str, Any]) -> bool:
-    """Whether too few prompts are in conflict to ask any more."""
+    """Whether too few prompts are in conflict to go on."""
     bound = config.rounds.min_conflict
     return bound is not None and (found["conflict"]["kendall_tau_distance"]["share_significant"] or 0.0) <= bound
 
@@ -279,9 +334,11 @@ def row(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def seed_of_round(seed: int, number: int) -> int:
-    """The run's seed in round 0; others afterwards, which it decides."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) if number else seed
+def seed_of(seed: int, number: int, stage: str = "") -> int:
+    """The run's seed for sampling in round 0; for any other stage or round another one, which it decides."""
+    if not number and not stage:
+        return seed
+    return int(np.random.SeedSequence([seed, number, *stage.encode()]).generate_state(1)[0])
 
 
 def _timeless(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,23 +346,8 @@ def _timeless(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in _TIMES}
 
 
-def _prompts(config: AuditConfig, number: int) -> LoadedPrompts:
-    """The prompts of a round: with `sample`, each round draws its own."""
-    return load_prompts(**config.prompts.model_dump(), seed=seed_of_round(config.seed, number))
-
-
-def _held(config: RunConfig) -> dict[str, Any]:
-    """What decides which pairs there are, besides the labels: files by their content."""
-    given = config.preferences.model_dump(mode="json")
-    return {name: source_fingerprint(value) if isinstance(value, str) else value for name, value in given.items()}
-
-
-def _inputs(config: RunConfig, loaded: LoadedPrompts) -> dict[str, str]:
-    held = {f"preferences.{name}": value for name, value in _held(config).items() if isinstance(value, str)}
-    models = {"feedback.reward_model": config.feedback.reward_model}
-    if config.evaluation is not None:
-        models["evaluation.gold"] = config.evaluation.gold
-        if config.evaluation.prompts is not None:
-            held["evaluation.prompts"] = source_fingerprint(config.evaluation.prompts.source)
-    prints = {name: source_fingerprint(reward_source(of.model)) for name, of in models.items() if of is not None}
-    return {**audit_inputs(config, loaded), **held, **prints}
+def _prompts(config: AuditConfig, number: int | None) -> LoadedPrompts:
+    """The prompts of a round: with `sample`, each round draws its own; None for all that any may draw."""
+    if number is None:
+        return load_prompts(**{**config.prompts.model_dump(), "sample": None})
+    return load_prompts(**config.prompts.model_dump(), seed=seed_of(config.seed, number))

@@ -18,17 +18,17 @@ from dissonance.artifacts import (
     open_run,
     read_table,
     source_fingerprint,
-    stage_name,
     write_json,
     write_table,
 )
-from dissonance.config import AuditConfig, RewardConfig, RewardKind, SelectionConfig
-from dissonance.errors import DataError, InputError, SettingsError
+from dissonance.config import AuditConfig, ModelConfig, RewardConfig, RewardKind, SelectionConfig
+from dissonance.errors import DataError, InputError, RunError, SettingsError
 from dissonance.models import Policy, ReferenceModel
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.prompts import LoadedPrompts, load_prompts, prompts_fingerprint
 from dissonance.records import Prompt
 from dissonance.report import write_report
+from dissonance.round_ledger import stage_name
 from dissonance.scored import ScoredLikelihood, measure_scored
 from dissonance.selection import Strategy, parse_threshold, pool_from_tables, queries_table
 from dissonance.selection import select as select_queries
@@ -145,20 +145,26 @@ def audit_settings(config: AuditConfig) -> dict[str, Any]:
 
 def audit_inputs(config: AuditConfig, loaded: LoadedPrompts) -> dict[str, str]:
     """Fingerprints of the prompts and of every model."""
+    reference = config.policy.reference
+    return {
+        "prompts": prompts_fingerprint(loaded.prompts),
+        **model_inputs("policy", config.policy),
+        **({} if reference is None else {"policy.reference": source_fingerprint(reference)}),
+        **model_inputs("reward_model", config.reward_model),
+    }
+
+
+def model_inputs(name: str, section: ModelConfig) -> dict[str, str]:
+    """Fingerprints of a model: of the model that is named, its adapter, and the base that an adapter names."""
     from dissonance.huggingface import base_and_adapter
 
-    models = {
-        "policy.model": config.policy.model,
-        "policy.adapter": config.policy.adapter,
-        "policy.reference": config.policy.reference,
-        "reward_model.model": reward_source(config.reward_model.model),
-        "reward_model.adapter": config.reward_model.adapter,
+    base, _ = base_and_adapter(section, name)
+    sources = {
+        "model": reward_source(section.model),
+        "adapter": section.adapter,
+        "base": None if base == section.model else base,
     }
-    for name, section in {"policy": config.policy, "reward_model": config.reward_model}.items():
-        base, _ = base_and_adapter(section, name)
-        models[f"{name}.base"] = None if base == section.model else base
-    prints = {name: source_fingerprint(source) for name, source in models.items() if source is not None}
-    return {"prompts": prompts_fingerprint(loaded.prompts), **prints}
+    return {f"{name}.{part}": source_fingerprint(source) for part, source in sources.items() if source is not None}
 
 
 def reward_source(name: str) -> str:
@@ -250,6 +256,8 @@ def select(
         raise SettingsError(f"--seed is {seed}: give 0 or more")
     settings = SelectionConfig.model_construct(budget=budget, tau=tau, delta=delta)
     with open_run(Path(run)) as opened:
+        if opened.ledger["command"] == "run":
+            raise RunError(f"{run} is a run that chooses by itself: give its config another selection before it begins")
         number = opened.find_round(round_number)
         found = choose(opened, number, settings, strategy, seed)
         stage = stage_name("select", number)

@@ -10,12 +10,13 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from dissonance import labelling
-from dissonance.artifacts import Run, atomic_path
+from dissonance.artifacts import Run, atomic_path, fingerprint
 from dissonance.config import FeedbackConfig
-from dissonance.errors import DataError, DissonanceError, LabelsDue, SettingsError
+from dissonance.errors import DataError, DissonanceError, LabelsDue, SettingsError, StoreError
 from dissonance.feedback import exchange
 from dissonance.feedback.annotators.gold import GoldSettings
 from dissonance.feedback.annotators.simulated import SimulatedSettings
+from dissonance.measuring import model_inputs
 from dissonance.progress import ProgressFactory
 from dissonance.run_labels import ask, labels_of, remember_store
 
@@ -24,8 +25,8 @@ _LOOK_EVERY = 2.0
 """Seconds between two looks at how many answers are there."""
 
 
-def annotator_settings(config: FeedbackConfig) -> Any:
-    """The annotator's own settings, checked; None for people.
+def annotator_settings(config: FeedbackConfig, seed: int = 0) -> Any:
+    """The annotator's own settings, checked; None for people. `seed` is a simulated person's, unless they have one.
 
     Raises:
         SettingsError: there is no such setting, or its value is wrong.
@@ -37,7 +38,7 @@ def annotator_settings(config: FeedbackConfig) -> Any:
         from dissonance.feedback.annotators.judge import JudgeSettings  # its client takes a second to load
 
         kinds["judge"] = JudgeSettings
-    given = dict(config.settings)
+    given = {**({"seed": seed} if config.annotator == "simulated" else {}), **config.settings}
     if config.reward_model is not None:
         given |= {"source": config.reward_model.model, "kind": config.reward_model.kind}
     _check_names(kinds[config.annotator], given, f"feedback.settings of {config.annotator}")
@@ -47,6 +48,21 @@ def annotator_settings(config: FeedbackConfig) -> Any:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise SettingsError(f"feedback.settings.{where} of {config.annotator}: {first['msg']}") from error
+
+
+def answer_inputs(config: FeedbackConfig) -> dict[str, Any]:
+    """What decides a round's answers, as far as settings do; how many are enough may change while they come in."""
+    found = config.model_dump(mode="json", include={"annotator", "overlap", "settings"})
+    found["settings"].pop("budget", None)
+    behind = {} if config.reward_model is None else model_inputs("reward_model", config.reward_model)
+    return {**found, **behind}
+
+
+def labels_fingerprint(run: Path, number: int, config: FeedbackConfig) -> str:
+    """Tells whether a round's labels are those of before."""
+    with labels_of(run, config.store, reading=True) as store:
+        of_round = {question.query_id for question in store.questions(retired=True) if question.round == number}
+        return fingerprint([label.label_id for label in store.labels() if label.query_id in of_round])
 
 
 def _check_names(kind: Any, given: Mapping[str, Any], where: str) -> None:
@@ -60,11 +76,11 @@ def _check_names(kind: Any, given: Mapping[str, Any], where: str) -> None:
             _check_names(inner, value, f"{where}, {name}")
 
 
-def answer_round(run: Run, number: int, config: FeedbackConfig, progress: ProgressFactory) -> dict[str, Any]:
+def answer_round(run: Run, number: int, config: FeedbackConfig, seed: int, progress: ProgressFactory) -> dict[str, Any]:
     """Have a round's queries answered.
 
     Returns:
-        annotator, answered and wanted; what a model's answering came to.
+        annotator, answered and wanted; for a judge, what it has done and cost in all.
 
     Raises:
         LabelsDue: people have not answered enough yet.
@@ -74,7 +90,7 @@ def answer_round(run: Run, number: int, config: FeedbackConfig, progress: Progre
     common: dict[str, Any] = {"overlap": config.overlap, "store": config.store}
     with labels_of(run.path, config.store) as store:
         ask(run.path, store, overlap=config.overlap)
-    settings = annotator_settings(config)
+    settings = annotator_settings(config, seed)
     done: dict[str, Any] = {}
     if config.annotator == "judge":
         settings = replace(settings, ask_safety=settings.ask_safety or labelling.asks_safety(run.path))
@@ -84,7 +100,7 @@ def answer_round(run: Run, number: int, config: FeedbackConfig, progress: Progre
     if done.get("stopped") == "interrupted":
         raise KeyboardInterrupt
     if done.get("stopped"):
-        raise DissonanceError(f"feedback: {config.annotator} stopped: {done['reason']}; run again to go on")
+        raise DissonanceError(f"feedback: {config.annotator} stopped: {done['reason']}; the same command goes on")
     answered, wanted = count_answers(run.path, number, config)
     if config.annotator == "people" and answered < ceil(config.enough * wanted):
         due = ceil(config.enough * wanted) - answered
@@ -95,7 +111,8 @@ def answer_round(run: Run, number: int, config: FeedbackConfig, progress: Progre
             answered=answered,
             wanted=wanted,
         )
-    return {"annotator": config.annotator, "answered": answered, "wanted": wanted}
+    judge = {"judge": done["judge"]} if "judge" in done else {}
+    return {"annotator": config.annotator, "answered": answered, "wanted": wanted, **judge}
 
 
 def count_answers(run: Path, number: int, config: FeedbackConfig) -> tuple[int, int]:
@@ -113,7 +130,10 @@ def wait_for_answers(run: Path, due: LabelsDue, config: FeedbackConfig, progress
         advance(answered)
         while answered < enough:
             time.sleep(_LOOK_EVERY)
-            now, _ = count_answers(run, due.round_number, config)
+            try:
+                now, _ = count_answers(run, due.round_number, config)
+            except StoreError:  # a server that is being restarted; it is looked at again
+                continue
             advance(now - answered)
             answered = now
 

@@ -1,7 +1,7 @@
 """One round's pairs -> reward model -> policy -> what became better."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from dissonance.config import (
     RewardConfig,
     RunConfig,
 )
+from dissonance.errors import DataError
 from dissonance.evaluate import Asked, Grader, HeldOut, Models, evaluate, normalised, overlaps
-from dissonance.measuring import reward_source
+from dissonance.measuring import model_inputs
 from dissonance.models import RewardModel
 from dissonance.progress import ProgressFactory
 from dissonance.prompts import load_prompts
@@ -67,33 +68,62 @@ def pairs_of_round(run: Run, number: int, config: PreferencesConfig) -> Pairs:
     """Read and split the pairs as a round has them (-1: before any); all pairs of a prompt are on one side for good.
 
     Raises:
-        DataError: a file is no file of preferences.
+        DataError: a file is no file of preferences, or what is to be held out is trained on.
     """
     from dissonance.refine.pairs import read_preferences
 
-    original = [] if config.original is None else read_preferences(config.original)
+    names = {"original": config.original, "held_out": config.held_out, "gold": config.gold}
+    given = {name: [] if path is None else read_preferences(path) for name, path in names.items()}
+    for name in ("held_out", "gold"):
+        if found := overlaps(given[name], given["original"]):
+            raise DataError(
+                f"preferences.{name}: {len(found):,} of its pairs are on prompts of preferences.original, which is "
+                f"trained on (the first is pair {found[0][0] + 1}): take others"
+            )
+    apart = {normalised(pair.messages) for name in ("held_out", "gold") for pair in given[name]}
     files = [run.round(k) / PAIRS for k in range(number + 1)]
     new = [pair for file in files if file.is_file() for pair in read_preferences(file)]
-    held_out_new, new = _split(new, config.held_out_share)
+    held_out_new, new = _split(new, config.held_out_share, apart)
+    original, held_out = given["original"], given["held_out"]
     if config.held_out is None:
-        held_out, original = _split(original, config.held_out_share)
-    else:
-        held_out = read_preferences(config.held_out)
-    gold: list[Preference] | None = held_out + held_out_new
-    if config.gold is not None:
-        gold = read_preferences(config.gold)
-    elif sum(not pair.tie for pair in gold or ()) < _ENOUGH_GOLD:
+        held_out, original = _split(original, config.held_out_share, set())
+    gold: list[Preference] | None = held_out + held_out_new if config.gold is None else given["gold"]
+    if config.gold is None and sum(not pair.tie for pair in gold or ()) < _ENOUGH_GOLD:
         gold = None
     return Pairs(original, new, held_out, held_out_new, gold)
 
 
-def _split(pairs: Sequence[Preference], share: float) -> tuple[list[Preference], list[Preference]]:
+def _split(
+    pairs: Sequence[Preference], share: float, apart: Collection[str]
+) -> tuple[list[Preference], list[Preference]]:
     """Those that are held out, by what their prompts say, and the others."""
     sides: tuple[list[Preference], list[Preference]] = ([], [])
     for pair in pairs:
-        drawn = hashlib.blake2b(normalised(pair.messages).encode(), digest_size=8).digest()
-        sides[int.from_bytes(drawn) >= share * 2**64].append(pair)
+        said = normalised(pair.messages)
+        drawn = int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest())
+        sides[said not in apart and drawn >= share * 2**64].append(pair)
     return sides
+
+
+def reward_training_inputs(config: RunConfig) -> dict[str, Any]:
+    """What decides a refined reward model besides its pairs of the run: settings, and files by their content."""
+    files = config.preferences.model_dump(mode="json")
+    base = config.refine.reward.base
+    return {
+        **config.refine.reward.model_dump(mode="json", exclude={"report_to"}),
+        **{name: source_fingerprint(value) if isinstance(value, str) else value for name, value in files.items()},
+        **({} if base is None else {"base_content": source_fingerprint(base)}),
+    }
+
+
+def evaluation_inputs(config: RunConfig) -> dict[str, Any]:
+    """What decides an evaluation besides the models of the run."""
+    settings = config.evaluation
+    if settings is None:
+        return {}
+    prompts = {} if settings.prompts is None else {"prompts_content": source_fingerprint(settings.prompts.source)}
+    gold = {} if settings.gold is None else model_inputs("gold", settings.gold)
+    return {**settings.model_dump(mode="json"), **prompts, **gold}
 
 
 def refine_reward_of_round(
@@ -176,15 +206,20 @@ def evaluate_round(
     seed: int,
     progress: ProgressFactory,
 ) -> dict[str, Any]:
-    """Compare a round's policy and reward model with those it began with; what `evaluate` returns."""
+    """Compare a round's policy and reward model with those it began with; what `evaluate` returns.
+
+    `prompts` are all that any round may draw.
+    """
     settings = config.evaluation
     if settings is None:
         return {}
+    if "likelihood" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"likelihood": config.likelihood})
     folder = run.round(number)
     start, proxy = models_of_round(run, number, config)
     _, refined = _ends_with(run, number, config)
     new = _policy_in(start, folder) if (folder / POLICY).is_dir() else start
-    asked = _asked(folder, _clusters(config.prompts, settings.cluster_column))
+    asked = _asked(folder, _trained_clusters(config, settings))
     return evaluate(
         _held_out(config, settings, prompts, pairs),
         _models(config, settings, start, new, proxy, refined, seed),
@@ -210,7 +245,7 @@ def check_evaluation(config: RunConfig, prompts: Sequence[Prompt], pairs: Pairs)
 
 def _held_out(config: RunConfig, settings: EvaluationConfig, prompts: Sequence[Prompt], pairs: Pairs) -> HeldOut:
     trained_on: list[Prompt | Preference] = [*prompts, *pairs.original, *pairs.new]
-    trained_clusters = _clusters(config.prompts, settings.cluster_column) or {}
+    trained_clusters = _trained_clusters(config, settings) or {}
     return HeldOut(
         load_prompts(**settings.prompts.model_dump(), seed=config.seed).prompts if settings.prompts else (),
         trained_on,
@@ -226,12 +261,21 @@ def _without(pairs: Sequence[Preference], trained_on: Sequence[Prompt | Preferen
     return tuple(pair for place, pair in enumerate(pairs) if place not in gone)
 
 
+def _trained_clusters(config: RunConfig, settings: EvaluationConfig) -> dict[str, str] | None:
+    """Of the prompts that are trained on; None where their file has no such column."""
+    try:
+        return _clusters(config.prompts, settings.cluster_column)
+    except DataError:
+        return None
+
+
 def _clusters(prompts: PromptsConfig | None, column: str | None) -> dict[str, str] | None:
     """prompt_id -> what a column of the prompts' file says; None without a column."""
     if prompts is None or column is None:
         return None
-    whole = prompts.model_copy(update={"category_column": column, "limit": None, "sample": None})
-    return {prompt.prompt_id: str(prompt.category) for prompt in load_prompts(**whole.model_dump()).prompts}
+    whole = prompts.model_copy(update={"category_column": column, "sample": None})
+    loaded = load_prompts(**whole.model_dump()).prompts
+    return {prompt.prompt_id: prompt.category for prompt in loaded if prompt.category is not None}
 
 
 def _asked(folder: Path, clusters: Mapping[str, str] | None) -> Asked | None:
@@ -273,8 +317,7 @@ def _models(
     return Models(
         start=partial(HFPolicy, first, seed),
         new=partial(HFPolicy, second, seed),
-        # An adapter's folder names its base.
-        start_likelihood=partial(HFReference, second, start.adapter or start.model),
+        start_likelihood=partial(HFReference, second, first),
         proxy=partial(load_reward_model, proxy),
         refined=None if refined == proxy else partial(load_reward_model, refined),
         reference=reference,
@@ -293,7 +336,6 @@ def _grader(config: RunConfig, settings: EvaluationConfig) -> Grader | None:
 
 
 def _identity(reward: RewardConfig) -> str:
-    """What tells a reward model from another, whatever name it goes by."""
-    if ":" in reward.model:
-        return fingerprint([source_fingerprint(reward_source(reward.model)), reward.model.partition(":")[2]])
-    return fingerprint([source_fingerprint(name) for name in (reward.model, reward.adapter) if name is not None])
+    """What tells a reward model from another, wherever it lies."""
+    function = reward.model.partition(":")[2]
+    return fingerprint([function, *model_inputs("reward_model", reward).values()])

@@ -1,5 +1,6 @@
 """The commands that retrain: run, refine, evaluate, demo."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from dissonance.cli.common import Json, Out, Quiet, RunFolder, progress_of, say
+from dissonance.cli.common import Json, Out, Quiet, RunFolder, StoreUrl, progress_of, say
 from dissonance.config import RunConfig, parse_section
 from dissonance.errors import DataError, LabelsDue, SettingsError
 
@@ -28,6 +29,7 @@ def run(
     changes: Set = None,
     wait: Annotated[bool, typer.Option("--wait", help="Stay until people have answered.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done.")] = False,
+    store: StoreUrl = None,
     as_json: Json = False,
     silent: Quiet = False,
 ) -> None:
@@ -35,7 +37,10 @@ def run(
 
     Example: dissonance run config.yaml --out run
     """
-    settings = parse_section(RunConfig, _changed(_read(config), changes or ()))
+    given = _changed(_read(config), changes or ())
+    if store is not None:
+        given["feedback"] = {**(given.get("feedback") or {}), "store": store}
+    settings = parse_section(RunConfig, given)
     out = out or config.with_suffix("")
     if dry_run:
         from dissonance.checks import plan
@@ -46,7 +51,7 @@ def run(
     from dissonance.loop import run as run_rounds
 
     try:
-        found = run_rounds(settings, out, wait=wait, progress=progress_of(silent))
+        found = run_rounds(settings, out, wait=wait, say=_on_stderr, progress=progress_of(silent))
     except LabelsDue as due:
         if not as_json:
             raise
@@ -129,6 +134,10 @@ def demo(
             gold, accuracy = (_said(arm[key]) for key in ("gold_reward", "reward_accuracy"))
             lines.append(f"  {name:12}{gold:26}{accuracy:26}{arm['judgements']:.0f}")
     say(summary, as_json, [*lines, f"report: {out / 'report.html'}"])
+
+
+def _on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -123,14 +123,16 @@ class HFReference:
         ModelError: it cannot be loaded, or its vocabulary is not the policy's, so that the ids mean other words.
     """
 
-    def __init__(self, config: PolicyConfig, reference: str) -> None:
+    def __init__(self, config: PolicyConfig, reference: str | PolicyConfig) -> None:
         self._device = resolve_device(config.device)
         self._encode = PromptEncoder(config)
-        own = config.model_copy(update={"model": reference, "adapter": None})
+        if isinstance(reference, PolicyConfig):
+            model, adapter = reference.model, reference.adapter
+        else:
+            model, adapter = reference, None
+        own = config.model_copy(update={"model": model, "adapter": adapter})
         if load_tokenizer(own, "reference").get_vocab() != self._encode.tokenizer.get_vocab():
-            raise ModelError(
-                f"reference: {reference} has another vocabulary than the policy: use the policy's own base"
-            )
+            raise ModelError(f"reference: {model} has another vocabulary than the policy: use the policy's own base")
         self._model = load_language_model(own, "reference")
 
     def logprobs(self, prompts: Sequence[Prompt], token_ids: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
