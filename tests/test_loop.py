@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from dissonance import cli
 from dissonance.config import AuditConfig, PolicyConfig, RewardConfig, RunConfig, parse_section
-from dissonance.errors import ModelError, RunError
+from dissonance.errors import ModelError, RunError, StoreError
 from dissonance.feedback.annotators.gold import GoldSettings
 from dissonance.labelling import label_by_rewards
 from dissonance.loop import evaluate, gain_per_judgement, refine, run, seed_of, why_end
@@ -212,13 +212,17 @@ def test_a_run_stops_for_people_and_goes_on(
     assert cli.run([*command, "--json"]) == 3
     assert json.loads(capsys.readouterr().out) == {"round": 0, "answered": 0, "wanted": 12}
     before = everything(tmp_path / "run" / "round-000")
+    assert cli.run(["select", "run", "--budget", "3"]) == 2
+    assert "chooses by itself" in capsys.readouterr().err
     answer_as_gold(tmp_path / "run", 0.25)
     assert cli.run(command) == 3
     assert "3 answers are due" in capsys.readouterr().err
     assert everything(tmp_path / "run" / "round-000") == before
     answer_as_gold(tmp_path / "run", 0.75)
-    assert cli.run([*command, "--json"]) == 0
+    assert cli.run([*command, "--json", "--set", "evaluation=null"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rounds"]) == 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Where the reward model was furthest from what people said" in page  # without an evaluation too
 
 
 def test_waiting_goes_on_by_itself(settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,6 +442,17 @@ def test_a_dry_run_reads_everything_and_writes_nothing(
     }.items():
         assert cli.run(["run", "config.yaml", "--dry-run", "--set", wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_stores_password_is_written_nowhere(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = changed(
+        settings,
+        feedback={"annotator": "people", "reward_model": None, "store": "postgresql://me:s3cret@127.0.0.1:1/x"},
+    )
+    with pytest.raises(StoreError) as error:
+        run(config, tmp_path / "run")
+    assert "s3cret" not in str(error.value)
+    assert not [name for name, held in everything(tmp_path / "run").items() if b"s3cret" in held]
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,7 @@ def read_rounds(run: Path) -> tuple[list[Round], list[RoundStory]]:
 
 
 def _round(folder: Path, metrics: Values) -> Round:
-    labels: list[dict[str, Any]] = []
-    if (folder / "evaluation_labels.parquet").is_file():
-        labels = pq.read_table(folder / "evaluation_labels.parquet").to_pylist()
+    labels = _labels(folder)
     return Round(
         policy=metrics.get("policy") or {},
         reward_model=metrics.get("reward_model") or {},
@@ -65,6 +63,28 @@ def _round(folder: Path, metrics: Values) -> Round:
         labels=labels,
         prompts=_questions(folder, {row["prompt_id"] for row in labels}),
     )
+
+
+def _labels(folder: Path) -> list[dict[str, Any]]:
+    """What people said: as the evaluation left it, or else with the rewards that it was chosen by alone."""
+    if (folder / "evaluation_labels.parquet").is_file():
+        return list(pq.read_table(folder / "evaluation_labels.parquet").to_pylist())
+    if not (folder / "pairs.parquet").is_file():
+        return []
+    columns = ["prompt_id", "chosen_id", "rejected_id", "tie", "chosen", "rejected"]
+    rows = pq.read_table(folder / "pairs.parquet", columns=columns).to_pylist()
+    table = pq.read_table(folder / "completions.parquet", columns=["prompt_id", "completion_id", "reward"])
+    rewards = {(row["prompt_id"], row["completion_id"]): row["reward"] for row in table.to_pylist()}
+    return [
+        {
+            "prompt_id": row["prompt_id"],
+            "tie": row["tie"],
+            **{side: row[side][0]["content"] for side in ("chosen", "rejected")},
+            **{f"proxy_{side}": rewards[row["prompt_id"], row[f"{side}_id"]] for side in ("chosen", "rejected")},
+            **{f"refined_{side}": None for side in ("chosen", "rejected")},
+        }
+        for row in rows
+    ]
 
 
 def _questions(folder: Path, wanted: set[str]) -> dict[str, str]:
