@@ -34,7 +34,7 @@ def test_one_seed_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             gold = metrics["evaluation"]["gold_reward"]
             assert gold["new"]["mean"] == arms[name]["gold_reward"]["mean"]
             assert gold["start"]["mean"] == pytest.approx(arms["start"]["gold_reward"]["mean"])
-            assert metrics["evaluation"]["grader"]["annotated"] == True  # noqa: E712 - and not only something true
+            assert metrics["evaluation"]["grader"]["annotated"] is True
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "discordant" in page
     assert (tmp_path / "demo" / "safety" / "seed-0" / "discordant" / "report.html").is_file()

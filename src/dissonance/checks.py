@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import make_url
 
 from dissonance.artifacts import Run, atomic_path
-from dissonance.config import ModelConfig, RunConfig
+from dissonance.config import ModelConfig, RewardConfig, RunConfig
 from dissonance.errors import SettingsError
 from dissonance.prompts import load_prompts
 from dissonance.round_labels import annotator_settings
@@ -102,8 +102,8 @@ def _place(section: ModelConfig, name: str) -> str:
     from dissonance.huggingface import base_and_adapter, resolve_source
     from dissonance.rewards import load_reward_model
 
-    if ":" in section.model:
-        load_reward_model(section)  # type: ignore[arg-type]  # only reward models are callables
+    if isinstance(section, RewardConfig) and ":" in section.model:
+        load_reward_model(section)
         return "callable"
     base, adapter = base_and_adapter(section, name)
     for part in filter(None, (base, adapter)):
