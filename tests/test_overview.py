@@ -1,6 +1,5 @@
 """What a lead sees of a store: right after each answer, without reading everything again, and quick."""
 
-import cProfile
 import json
 import threading
 from dataclasses import fields
@@ -8,6 +7,7 @@ from dataclasses import fields
 import pytest
 from sqlalchemy import event, insert
 
+from counting import calls_of
 from dissonance.feedback import schema
 from dissonance.feedback.overview import MOST_SHOWN, NamedCompletion, Overview, overview, summary
 from dissonance.feedback.store import Progress, Store
@@ -333,9 +333,7 @@ def calls_of_a_poll(tmp_path):
             connection.execute(insert(schema.labels), rows)
         overview(asked.store)
         asked.say("a0", "q100", "second")
-        with cProfile.Profile() as profile:
-            overview(asked.store)
-        return sum(entry.callcount for entry in profile.getstats())
+        return calls_of(lambda: overview(asked.store))
 
     return count
 
