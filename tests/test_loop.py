@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import time
 import uuid
@@ -117,11 +118,44 @@ def test_the_same_settings_give_the_same_run_and_a_finished_one_is_not_run_again
 ) -> None:
     config = changed(settings)
     first = run(config, tmp_path / "one")
-    run(config, tmp_path / "two")
+    run(config.model_copy(update={"trackers": ("tensorboard",)}), tmp_path / "two")
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    for trained in ("reward_model", "policy"):
+        assert list((tmp_path / "two" / "round-000" / "tensorboard" / trained).glob("events.*"))
     before = everything(tmp_path / "one")
     assert run(config, tmp_path / "one") == first
     assert everything(tmp_path / "one") == before
+
+
+def test_what_was_audited_is_taken_over(settings: dict[str, Any], tmp_path: Path) -> None:
+    config = changed(settings)
+    run(config, tmp_path / "whole")
+    audit(AuditConfig(**{name: settings[name] for name in ("prompts", "policy", "reward_model")}), tmp_path / "audit")
+    for source in ("audit", "whole"):
+        before = everything(tmp_path / source)
+        run(config, tmp_path / f"on-{source}", audit=tmp_path / source)
+        assert contents(tmp_path / f"on-{source}") == contents(tmp_path / "whole")
+        assert everything(tmp_path / source) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "said"),
+    [
+        ("nothing", {}, "nothing is not a run folder"),
+        ("audit", {"seed": 1}, "audit was audited with other settings (seed: 0, now 1): take those, or audit anew"),
+        ("begun", {}, "begun has no finished audit: name a finished run of `audit`, or a run that has measured"),
+    ],
+)
+def test_an_audit_that_cannot_be_taken_over(
+    settings: dict[str, Any], tmp_path: Path, source: str, changes: dict[str, Any], said: str
+) -> None:
+    audit(AuditConfig(**{name: settings[name] for name in ("prompts", "policy", "reward_model")}), tmp_path / "audit")
+    (tmp_path / "begun").mkdir()
+    ledger = json.loads((tmp_path / "audit" / "run.json").read_text())
+    (tmp_path / "begun" / "run.json").write_text(json.dumps({**ledger, "stages": {}}))
+    with pytest.raises(RunError, match=re.escape(said)):
+        run(changed({**settings, **changes}), tmp_path / "run", audit=tmp_path / source)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_file_that_is_gone_is_made_again(settings: dict[str, Any], tmp_path: Path) -> None:

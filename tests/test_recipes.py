@@ -1,17 +1,19 @@
 """The recipes: each can be checked as it stands, and the tiny twins run."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from dissonance import cli
 from dissonance.sandbox import World
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-TWINS = sorted((ROOT / "recipes" / "tiny").glob("*.yaml"))
+TWINS = ROOT / "recipes" / "tiny"
 
 
 def load(name: str) -> Any:
@@ -99,17 +101,26 @@ def test_every_recipe_can_be_checked(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("twin", TWINS, ids=lambda path: path.stem)
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the world that the twins name, smaller than the recipe does."""
+
+    def make(task: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("DISSONANCE_CACHE", str(tmp_path / "cache"))
+        world = World(task=task, n_demonstrations=1200, n_pairs=2400)  # type: ignore[arg-type]
+        load("tiny/world.py").write(world, tmp_path / "tiny")
+
+    return make
+
+
+@pytest.mark.parametrize("task", ["safety", "helpfulness"])
 def test_the_tiny_twins_run(
-    twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    task: str, tmp_path: Path, tiny: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """LoRA for both models, over two rounds; a cost model in one of them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DISSONANCE_CACHE", str(tmp_path / "cache"))
-    task = twin.stem
-    world = World(task=task, n_demonstrations=1200, n_pairs=2400)  # type: ignore[arg-type]
-    load("tiny/world.py").write(world, tmp_path / "tiny")
-    assert cli.run(["run", str(twin), "--out", "run", "--quiet", "--json"]) == 0
+    tiny(task)
+    assert cli.run(["run", str(TWINS / f"{task}.yaml"), "--out", "run", "--quiet", "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert len(summary["rounds"]) == 2
     for number in range(2):
@@ -118,3 +129,19 @@ def test_the_tiny_twins_run(
         assert metrics["policy"]["start"]["kl"] == 0
         assert metrics["evaluation"]["grader"]["annotated"]
         assert (tmp_path / "run" / f"round-00{number}" / "policy" / "adapter_model.safetensors").is_file()
+
+
+def test_the_twin_of_several_processes_runs(tmp_path: Path, tiny: Callable[[str], None]) -> None:
+    tiny("helpfulness")
+    assert cli.run(["run", str(TWINS / "several_processes.yaml"), "--out", "run", "--quiet"]) == 0
+    folder = tmp_path / "run" / "round-000"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["policy"]["gold_check"]["checked"]
+    assert metrics["policy"]["kept_step"] == 4
+    assert "[rank1]" in (folder / "policy.log").read_text()  # PyTorch's own warning, in the second process
+
+
+def test_the_settings_for_several_gpus_are_those_of_accelerate() -> None:
+    found = load_config_from_file(str(ROOT / "recipes" / "launch" / "fsdp.yaml"))
+    assert (found.distributed_type, found.num_processes) == ("FSDP", 8)
+    assert found.fsdp_config["fsdp_version"] == 2

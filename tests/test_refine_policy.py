@@ -634,7 +634,6 @@ def test_running_away_before_anything_is_kept_is_an_error(policies: dict[str, Pa
         ({"micro_batch": 5}, SettingsError, "cannot be dealt out evenly"),
         ({"trl_arguments": {"beta": 1.0}}, SettingsError, "trl_arguments: beta has a setting of its own"),
         ({"trl_arguments": {"no_such": 1}}, SettingsError, "TRL refuses the settings: .*no_such"),
-        ({"report_to": ("trackio",)}, SettingsError, "trackio is not installed: pip install trackio"),
         ({"max_new_tokens": 60}, DataError, r"\d prompts leave no room for 60 new tokens in the policy's 64 positions"),
     ],
 )
@@ -643,6 +642,13 @@ def test_requests_that_cannot_be_met(
 ) -> None:
     with pytest.raises(kind, match=said):
         refine_policy(training(**changes), start_of(policies["llama"]), CountsWord(), PROMPTS, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracker_that_is_not_installed(policies: dict[str, Path], tmp_path: Path) -> None:
+    start = start_of(policies["llama"])
+    with pytest.raises(SettingsError, match="trackers: trackio is not installed: pip install trackio"):
+        refine_policy(training(), start, CountsWord(), PROMPTS, tmp_path / "out", trackers=("trackio",))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -396,7 +396,6 @@ def test_the_base_is_what_training_starts_from_not_the_current_model(
     ("model", "changes", "error", "message"),
     [
         ("module:function", {}, SettingsError, "is a callable, which cannot be trained: set base"),
-        ("REWARD", {"report_to": ("mlflow",)}, SettingsError, "report_to: mlflow is not installed: pip"),
         ("REWARD", {"base": "./nowhere"}, ModelError, "nowhere is not a model"),
     ],
 )

@@ -300,13 +300,17 @@ def _check_same(path: Path, command: str, settings: Mapping[str, Any], inputs: M
         raise RunError(f"{path} was made by another version of dissonance: choose another --out")
     if ledger["command"] != command:
         raise RunError(f"{path} holds a run of `{ledger['command']}`, not of `{command}`: choose another --out")
-    changed = differences(ledger["settings"], settings)
-    changed += [f"the content of {k}" for k in inputs if ledger["inputs"].get(k) != inputs[k]]
-    if changed:
+    if changed := changes(ledger, settings, inputs):
         raise RunError(f"{path} was made with other settings ({'; '.join(changed)}): choose another --out")
     if command not in ledger["stages"] and ledger["versions"] != versions():
         was = ", ".join(f"{name} {number}" for name, number in ledger["versions"].items())
         raise RunError(f"{path} was begun with other versions ({was}): go on with those, or choose another --out")
+
+
+def changes(ledger: Mapping[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
+    """What differs between a run's settings and inputs and these, in words."""
+    other = [f"the content of {k}" for k in inputs if ledger["inputs"].get(k) != inputs[k]]
+    return [*differences(ledger["settings"], settings), *other]
 
 
 def differences(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> list[str]:

@@ -6,12 +6,13 @@ from typing import Any
 
 from sqlalchemy import make_url
 
-from dissonance.artifacts import Run, atomic_path
+from dissonance.artifacts import atomic_path
 from dissonance.config import ModelConfig, RewardConfig, RunConfig
 from dissonance.errors import SettingsError
+from dissonance.launch import command_of
 from dissonance.prompts import load_prompts
 from dissonance.round_labels import annotator_settings
-from dissonance.round_training import check_evaluation, pairs_of_round
+from dissonance.round_training import GivenPairs, check_evaluation, pairs_of_round, read_pairs
 from dissonance.selection import STRATEGIES, parse_threshold
 
 
@@ -19,8 +20,8 @@ def check(config: RunConfig) -> None:
     """Check what no section can by itself, and reads no file.
 
     Raises:
-        SettingsError: a strategy, a threshold, an annotator's setting or a tracker that is not there; settings of two
-            sections that contradict each other.
+        SettingsError: a strategy, a threshold, an annotator's setting, a tracker or a launcher that is not there;
+            settings of two sections that contradict each other.
     """
     from dissonance.refine.session import check_trackers
 
@@ -37,15 +38,21 @@ def check(config: RunConfig) -> None:
             )
     annotator_settings(config.feedback)
     policy = config.refine.policy
-    check_trackers([*config.trackers, *config.refine.reward.report_to, *(policy.report_to if policy else ())])
+    check_trackers(config.trackers)
+    if policy is not None and policy.launcher is not None:
+        command_of(policy.launcher)
     if policy is not None and policy.method == "rso" and policy.rso_keep > config.policy.n:
         raise SettingsError(f"refine.policy.rso_keep is {policy.rso_keep}, but policy.n is {config.policy.n}")
     if config.evaluation is not None and config.evaluation.likelihood == "relative" and not config.policy.reference:
         raise SettingsError("evaluation.likelihood is relative: set policy.reference, or take another")
 
 
-def plan(config: RunConfig) -> dict[str, Any]:
+def plan(config: RunConfig, given: GivenPairs | None = None) -> dict[str, Any]:
     """Read every file, look for every model, and say what the run would do.
+
+    Args:
+        config: the settings.
+        given: its preference files, where they were read already.
 
     Returns:
         prompts, held_out_prompts, completions and judgements a round; rounds; pairs by file; reward_model and policy,
@@ -55,9 +62,8 @@ def plan(config: RunConfig) -> dict[str, Any]:
     Raises:
         InputError: as `check`, or a file or folder is not there or holds something else.
     """
-    from dissonance.refine.pairs import read_preferences
-
     check(config)
+    given = given or read_pairs(config.preferences)
     prompts = load_prompts(**config.prompts.model_dump(), seed=config.seed).prompts
     everything = load_prompts(**{**config.prompts.model_dump(), "sample": None}).prompts
     training = config.refine.policy
@@ -65,8 +71,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         raise SettingsError(
             f"refine.policy.prompts_per_step is {training.prompts_per_step}, but there are {len(prompts)} prompts"
         )
-    files = {name: value for name, value in config.preferences.model_dump().items() if isinstance(value, str)}
-    check_evaluation(config, everything, pairs_of_round(Run(Path()), -1, config.preferences))
+    check_evaluation(config, everything, pairs_of_round(given, (), config.preferences))
     asked = None if config.evaluation is None else config.evaluation.prompts
     return {
         "prompts": len(prompts),
@@ -75,7 +80,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "judgements": 0 if config.selection is None else config.selection.budget,
         "annotator": None if config.selection is None else config.feedback.annotator,
         "rounds": config.rounds.most,
-        "pairs": {name: len(read_preferences(value)) for name, value in files.items()},
+        "pairs": dict(given.counts),
         "reward_model": None if config.selection is None else config.refine.reward.model_dump(mode="json"),
         "policy": None if training is None else training.model_dump(mode="json"),
         "models": {name: {"model": of.model, "found": _place(of, name)} for name, of in _models(config).items()},

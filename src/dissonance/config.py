@@ -150,8 +150,6 @@ class RewardTraining(_Section):
     """How often the held-out pairs are evaluated during training; the best of these models is kept."""
     patience: int = Field(3, ge=0)
     """Stop after so many evaluations without a better held-out loss; 0 trains to the end."""
-    report_to: tuple[Tracker, ...] = ()
-    """Where TRL logs the training to."""
 
 
 class PolicyTraining(_Section):
@@ -203,8 +201,8 @@ class PolicyTraining(_Section):
     """How far above one half the reward model's accuracy on held-out gold pairs must be."""
     gold_confidence: float = Field(0.95, gt=0.5, lt=1)
     """Of the one-sided test that says so."""
-    report_to: tuple[Tracker, ...] = ()
-    """Where TRL logs the training to."""
+    launcher: str | None = None
+    """What starts the training in several processes, in a run: such as "accelerate launch --config_file fsdp.yaml"."""
     trl_arguments: dict[str, Any] = Field(default_factory=dict)
     """More of TRL's own settings for the method's trainer, such as {"use_vllm": true}."""
 

@@ -9,10 +9,11 @@
 All that ask spend the same budget, all train alike, and all are graded by the exact gold on held-out prompts.
 """
 
+import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
 from math import sqrt
 from multiprocessing import get_context
 from pathlib import Path
@@ -81,16 +82,15 @@ def demo(out: Path | str, *, seeds: int = 3, seed: int = 0, progress: ProgressFa
         progress("worlds and policies", len(tasks) * (1 + seeds * len(STRATEGIES)), "trainings") as advance,
         ProcessPoolExecutor(_workers(), mp_context=get_context("spawn"), initializer=_alone) as pool,
     ):
-        built = {pool.submit(_build, World(task=task, seed=seed)): task for task in tasks}
-        played = []
-        for future in as_completed(built):
-            future.result()
-            advance(1)
-            arms = [Arm(built[future], seed, one, name) for one in drawn for name in STRATEGIES]
-            played += [pool.submit(play, arm, out, report=_is_shown(arm)) for arm in arms]
-        for future in as_completed(played):
-            future.result()
-            advance(1)
+        # What follows each: on a world, the first arm of every seed; on that, the others, which share its audit.
+        then = {pool.submit(_build, World(task=task, seed=seed)): _first_arms(task, seed, drawn) for task in tasks}
+        while then:
+            finished, _ = wait(then, return_when=FIRST_COMPLETED)
+            for future in finished:
+                future.result()
+                advance(1)
+                for arm in then.pop(future):
+                    then[pool.submit(play, arm, out, report=_is_shown(arm))] = _others(arm)
     found = {task: {name: _over_seeds(rows) for name, rows in _rows(out, task, seed, drawn)} for task in tasks}
     summary = {"tasks": found, "seeds": list(drawn), "report": str(SHOWN)}
     write_json(out / "summary.json", summary)
@@ -99,11 +99,23 @@ def demo(out: Path | str, *, seeds: int = 3, seed: int = 0, progress: ProgressFa
 
 
 def play(arm: Arm, out: Path, *, report: bool = True) -> None:
-    """Play one arm's round."""
+    """Play one arm's round, on the audit of its seed's first arm."""
     from dissonance.loop import run
 
     sandbox = build_sandbox(World(task=arm.task, seed=arm.world))
-    run(arm_config(sandbox, arm), arm.folder(out), report=report)
+    audit = None if arm.name == _FIRST else replace(arm, name=_FIRST).folder(out)
+    run(arm_config(sandbox, arm), arm.folder(out), audit=audit, report=report)
+
+
+_FIRST = next(iter(STRATEGIES))
+
+
+def _first_arms(task: Task, world: int, seeds: Sequence[int]) -> list[Arm]:
+    return [Arm(task, world, seed, _FIRST) for seed in seeds]
+
+
+def _others(arm: Arm) -> list[Arm]:
+    return [replace(arm, name=name) for name in STRATEGIES if name != _FIRST] if arm.name == _FIRST else []
 
 
 def arm_config(sandbox: Sandbox, arm: Arm) -> RunConfig:
@@ -166,10 +178,21 @@ def _workers() -> int:
 
 
 def _alone() -> None:
-    """A process for each core, with a thread each: at this size a second thread costs more than it brings."""
+    """A process for each core, with a thread each: at this size a second thread costs more than it brings.
+
+    What the libraries hold for good is kept from the garbage collector: it is called whenever a model goes, and to walk
+    through them takes longer than a step of training.
+    """
     import torch
+    import trl  # noqa: F401
+
+    import dissonance.loop
+    import dissonance.refine.policy_trainers
+    import dissonance.refine.reward  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
 
 
 def _build(world: World) -> None:

@@ -21,7 +21,7 @@ from dissonance.artifacts import (
 from dissonance.checks import check, plan, write_config
 from dissonance.config import AuditConfig, RunConfig, parse_section
 from dissonance.errors import InputError, LabelsDue, RunError
-from dissonance.measuring import audit_inputs, audit_settings, choose, measure_round, prepare
+from dissonance.measuring import ROUND_TABLES, audit_inputs, audit_settings, choose, measure_round, prepare, take_over
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.prompts import LoadedPrompts, load_prompts
 from dissonance.report import write_report
@@ -37,11 +37,14 @@ from dissonance.round_ledger import Stages, stage_name
 from dissonance.round_training import (
     POLICY,
     REWARD_MODEL,
+    GivenPairs,
+    answered_pairs,
     check_evaluation,
     evaluate_round,
     evaluation_inputs,
     models_of_round,
     pairs_of_round,
+    read_pairs,
     refine_policy_of_round,
     refine_reward_of_round,
     reward_training_inputs,
@@ -54,6 +57,7 @@ def run(
     config: RunConfig,
     out: Path | str,
     *,
+    audit: Path | str | None = None,
     wait: bool = False,
     report: bool = True,
     say: Callable[[str], None] = lambda _: None,
@@ -67,6 +71,8 @@ def run(
     Args:
         config: the settings.
         out: the run folder.
+        audit: a finished run of `audit`, or another run, of the same prompts, models and seed: what it measured is
+            taken over, and not sampled and scored again.
         wait: whether to stay, and go on when people have answered.
         report: whether to write `report.html`, which takes seconds.
         say: told what is due, when the waiting begins.
@@ -81,7 +87,7 @@ def run(
     """
     while True:
         try:
-            return _go_on(config, Path(out), progress, report=report)
+            return _go_on(config, Path(out), None if audit is None else Path(audit), progress, report=report)
         except LabelsDue as due:
             if not wait:
                 raise
@@ -89,25 +95,30 @@ def run(
             wait_for_answers(Path(out), due, config.feedback, progress)
 
 
-def _go_on(config: RunConfig, out: Path, progress: ProgressFactory, *, report: bool) -> dict[str, Any]:
+def _go_on(
+    config: RunConfig, out: Path, audit: Path | None, progress: ProgressFactory, *, report: bool
+) -> dict[str, Any]:
     check(config)
     everything = _prompts(config, None)
     audited = AuditConfig.model_validate({name: getattr(config, name) for name in AuditConfig.model_fields})
     settings, inputs = audit_settings(audited), audit_inputs(audited, everything)
     before = matching_run(out, "run", settings, inputs)
-    if before is None:
-        plan(config)
     whole = fingerprint(config.model_dump(mode="json"))
     done = None if before is None else before.finished("run")
     if done is not None and done["config"] == whole and all((out / name).is_file() for name in _LEFT):
         return dict(done["summary"])
+    given = read_pairs(config.preferences)
+    if before is None:
+        plan(config, given)
     with create_run(out, "run", settings, inputs) as opened, _unless_empty(opened):
         if opened.fresh:
             write_config(out / "config.yaml", config)
         rounds: list[dict[str, Any]] = []
         ended = None
         for number in range(config.rounds.most):
-            rounds.append(play_round(opened, number, config, fingerprint([settings, inputs]), progress))
+            first = fingerprint([settings, inputs])
+            measured = None if audit is None or number else partial(take_over, audit, opened.round(), settings, inputs)
+            rounds.append(play_round(opened, number, config, given, first, progress, measured))
             if ended := why_end(config, rounds[-1]):
                 break
         summary = {"rounds": [row(found) for found in rounds], "ended": ended or "all rounds are played"}
@@ -133,8 +144,19 @@ def _unless_empty(run: Run) -> Iterator[None]:
         raise
 
 
-def play_round(run: Run, number: int, config: RunConfig, before: object, progress: ProgressFactory) -> dict[str, Any]:
-    """One round of SHF-CAS, as in the paper's Algorithm 1; gives what `metrics.json` of the round holds."""
+def play_round(
+    run: Run,
+    number: int,
+    config: RunConfig,
+    given: GivenPairs,
+    before: object,
+    progress: ProgressFactory,
+    measured: Callable[[], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """One round of SHF-CAS, as in the paper's Algorithm 1; gives what `metrics.json` of the round holds.
+
+    `measured` brings what was measured elsewhere, where it was.
+    """
     stages = Stages(run, number, before)
     stages.folder.mkdir(exist_ok=True)
     prompts = _prompts(config, number).prompts
@@ -146,8 +168,10 @@ def play_round(run: Run, number: int, config: RunConfig, before: object, progres
     found["conflict"] = stages.done(
         "measure",
         {},
-        lambda: _timeless(measure_round(stages.folder, now, prepare(now, prompts), progress)),
-        ["completions.parquet", "prompts.parquet"],
+        lambda: _timeless(
+            measured() if measured else measure_round(stages.folder, now, prepare(now, prompts), progress)
+        ),
+        ROUND_TABLES,
     )
     Parts(stages.folder / "parts").remove()
     if _settled(config, found):
@@ -171,14 +195,16 @@ def play_round(run: Run, number: int, config: RunConfig, before: object, progres
             lambda: write_round_pairs(run, number, config.feedback),
             [PAIRS],
         )
-    found |= train_round(run, number, config, stages, progress)
+    found |= train_round(run, number, config, given, stages, progress)
     write_json(stages.folder / "metrics.json", found)
     return found
 
 
-def train_round(run: Run, number: int, config: RunConfig, stages: Stages, progress: ProgressFactory) -> dict[str, Any]:
+def train_round(
+    run: Run, number: int, config: RunConfig, given: GivenPairs, stages: Stages, progress: ProgressFactory
+) -> dict[str, Any]:
     """The second half of a round: what was answered -> reward model -> policy -> what became better."""
-    pairs = pairs_of_round(run, number, config.preferences)
+    pairs = pairs_of_round(given, answered_pairs(run, number), config.preferences)
     seed = partial(seed_of, config.seed, number)
     found: dict[str, Any] = {}
     if (stages.folder / PAIRS).is_file():
@@ -192,7 +218,7 @@ def train_round(run: Run, number: int, config: RunConfig, stages: Stages, progre
         prompts = _prompts(config, number).prompts
         found["policy"] = stages.done(
             "policy",
-            config.refine.policy.model_dump(mode="json", exclude={"report_to"}),
+            config.refine.policy.model_dump(mode="json", exclude={"launcher"}),
             lambda: refine_policy_of_round(run, number, config, prompts, pairs, seed("policy"), progress),
             [POLICY],
         )
@@ -276,7 +302,8 @@ def _second_half(
         check(config)
         everything = _prompts(config, None)
         matching_run(run, "audit", ledger["settings"], audit_inputs(config, _prompts(config, number)))
-        check_evaluation(config, everything.prompts, pairs_of_round(opened, -1, config.preferences))
+        given = read_pairs(config.preferences)
+        check_evaluation(config, everything.prompts, pairs_of_round(given, (), config.preferences))
         stages = Stages(opened, number, [ledger["settings"], ledger["inputs"]])
         found: dict[str, Any] = {"round": number, "conflict": ledger["stages"]["audit"]["summary"]}
         found["pairs"] = stages.done(
@@ -286,7 +313,7 @@ def _second_half(
             [PAIRS],
             redo=True,
         )
-        found |= train_round(opened, number, config, stages, progress)
+        found |= train_round(opened, number, config, given, stages, progress)
         opened.finish(stage_name(command, number), sections=sections)
         write_json(stages.folder / "metrics.json", found)
         write_report(run)

@@ -13,7 +13,9 @@ import numpy as np
 from dissonance.artifacts import (
     Parts,
     Run,
+    changes,
     create_run,
+    find_run,
     matching_run,
     open_run,
     read_table,
@@ -116,11 +118,36 @@ def measure_round(folder: Path, config: AuditConfig, prepared: Prepared, progres
     return measure_conflicts(folder, prepared.prompts, batches, n, config.likelihood)
 
 
+def take_over(path: Path, folder: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
+    """Copy into a round's folder what another run of the same audit measured in its first round.
+
+    Returns:
+        What `measure_round` returned there.
+
+    Raises:
+        RunError: there is no such run, it is not that far, or it was made with other settings or inputs.
+    """
+    other = find_run(path)
+    ledger = other.ledger
+    stage = {"audit": "audit", "run": stage_name("measure", 0)}.get(ledger["command"], "")
+    if (done := other.finished(stage)) is None:
+        raise RunError(f"{path} has no finished audit: name a finished run of `audit`, or a run that has measured")
+    if changed := changes(ledger, settings, inputs):
+        raise RunError(f"{path} was audited with other settings ({'; '.join(changed)}): take those, or audit anew")
+    for name in ROUND_TABLES:
+        write_table(folder / name, read_table(other.round() / name))
+    return {name: value for name, value in done["summary"].items() if name != "duplicates"}
+
+
+ROUND_TABLES = ("completions.parquet", "prompts.parquet")
+"""What measuring leaves in a round's folder."""
+
+
 def _finished(out: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any] | None:
     """What the command found before, if all that it leaves is still there."""
     run = matching_run(out, command, settings, inputs)
     done = None if run is None else run.finished(command)
-    left = ("summary.json", "report.html", "round-000/prompts.parquet", "round-000/completions.parquet")
+    left = ("summary.json", "report.html", *(f"round-000/{name}" for name in ROUND_TABLES))
     if done is None or not all((out / name).is_file() for name in left):
         return None
     return dict(done["summary"])

@@ -19,6 +19,7 @@ from dissonance.config import (
 )
 from dissonance.errors import DataError
 from dissonance.evaluate import Asked, Grader, HeldOut, Models, evaluate, normalised, overlaps
+from dissonance.launch import Request, launch, train
 from dissonance.measuring import model_inputs
 from dissonance.models import RewardModel
 from dissonance.progress import ProgressFactory
@@ -52,6 +53,41 @@ def _reward_in(start: RewardConfig, folder: Path) -> RewardConfig:
 
 
 @dataclass(frozen=True)
+class GivenPairs:
+    """The preference files of a config, read once: what is trained on, and what is not."""
+
+    original: list[Preference]
+    held_out: list[Preference]
+    gold: list[Preference] | None
+    """None without a file of them."""
+    counts: Mapping[str, int]
+    """Pairs by file."""
+
+
+def read_pairs(config: PreferencesConfig) -> GivenPairs:
+    """Read and split the preference files; all pairs of a prompt are on one side for good.
+
+    Raises:
+        DataError: a file is no file of preferences, or what is to be held out is trained on.
+    """
+    from dissonance.refine.pairs import read_preferences
+
+    files = {"original": config.original, "held_out": config.held_out, "gold": config.gold}
+    given = {name: read_preferences(path) for name, path in files.items() if path is not None}
+    original, held_out = given.get("original", []), given.get("held_out")
+    for name in ("held_out", "gold"):
+        if found := overlaps(given.get(name, ()), original):
+            raise DataError(
+                f"preferences.{name}: {len(found):,} of its pairs are on prompts of preferences.original, which is "
+                f"trained on (the first is pair {found[0][0] + 1}): take others"
+            )
+    counts = {name: len(pairs) for name, pairs in given.items()}
+    if held_out is None:
+        held_out, original = _split(original, config.held_out_share, set())
+    return GivenPairs(original, held_out, given.get("gold"), counts)
+
+
+@dataclass(frozen=True)
 class Pairs:
     """Everything that a round's reward model learns from, or is measured on."""
 
@@ -64,33 +100,22 @@ class Pairs:
     """None where there are too few to tell."""
 
 
-def pairs_of_round(run: Run, number: int, config: PreferencesConfig) -> Pairs:
-    """Read and split the pairs as a round has them (-1: before any); all pairs of a prompt are on one side for good.
+def pairs_of_round(given: GivenPairs, answered: Sequence[Preference], config: PreferencesConfig) -> Pairs:
+    """The pairs as a round has them, `answered` being those of people, of this round and all before."""
+    aside = [*(given.held_out if config.held_out is not None else ()), *(given.gold or ())]
+    held_out_new, new = _split(answered, config.held_out_share, {normalised(pair.messages) for pair in aside})
+    gold: list[Preference] | None = given.held_out + held_out_new if given.gold is None else given.gold
+    if given.gold is None and sum(not pair.tie for pair in gold or ()) < _ENOUGH_GOLD:
+        gold = None
+    return Pairs(given.original, new, given.held_out, held_out_new, gold)
 
-    Raises:
-        DataError: a file is no file of preferences, or what is to be held out is trained on.
-    """
+
+def answered_pairs(run: Run, number: int) -> list[Preference]:
+    """What people's answers came to, in a round and all before it."""
     from dissonance.refine.pairs import read_preferences
 
-    names = {"original": config.original, "held_out": config.held_out, "gold": config.gold}
-    given = {name: [] if path is None else read_preferences(path) for name, path in names.items()}
-    for name in ("held_out", "gold"):
-        if found := overlaps(given[name], given["original"]):
-            raise DataError(
-                f"preferences.{name}: {len(found):,} of its pairs are on prompts of preferences.original, which is "
-                f"trained on (the first is pair {found[0][0] + 1}): take others"
-            )
-    apart = {normalised(pair.messages) for name in ("held_out", "gold") for pair in given[name]}
     files = [run.round(k) / PAIRS for k in range(number + 1)]
-    new = [pair for file in files if file.is_file() for pair in read_preferences(file)]
-    held_out_new, new = _split(new, config.held_out_share, apart)
-    original, held_out = given["original"], given["held_out"]
-    if config.held_out is None:
-        held_out, original = _split(original, config.held_out_share, set())
-    gold: list[Preference] | None = held_out + held_out_new if config.gold is None else given["gold"]
-    if config.gold is None and sum(not pair.tie for pair in gold or ()) < _ENOUGH_GOLD:
-        gold = None
-    return Pairs(original, new, held_out, held_out_new, gold)
+    return [pair for file in files if file.is_file() for pair in read_preferences(file)]
 
 
 def _split(
@@ -110,7 +135,7 @@ def reward_training_inputs(config: RunConfig) -> dict[str, Any]:
     files = config.preferences.model_dump(mode="json")
     base = config.refine.reward.base
     return {
-        **config.refine.reward.model_dump(mode="json", exclude={"report_to"}),
+        **config.refine.reward.model_dump(mode="json"),
         **{name: source_fingerprint(value) if isinstance(value, str) else value for name, value in files.items()},
         **({} if base is None else {"base_content": source_fingerprint(base)}),
     }
@@ -132,12 +157,9 @@ def refine_reward_of_round(
     """Leaves `reward_model/` in the round's folder; what `refine_reward_model` returns, less its seconds."""
     from dissonance.refine.reward import refine_reward_model
 
-    training = config.refine.reward
-    if config.trackers:
-        training = training.model_copy(update={"report_to": config.trackers})
     _, start = models_of_round(run, number, config)
     found = refine_reward_model(
-        training,
+        config.refine.reward,
         start,
         pairs.original,
         pairs.new,
@@ -146,6 +168,7 @@ def refine_reward_of_round(
         run.round(number) / REWARD_MODEL,
         seed=seed,
         progress=progress,
+        trackers=config.trackers,
     )
     return {name: value for name, value in found.items() if name != "seconds"}
 
@@ -160,28 +183,16 @@ def refine_policy_of_round(
     progress: ProgressFactory,
 ) -> dict[str, Any]:
     """Leaves `policy/` in the round's folder, trained against the round's refined reward model, where there is one."""
-    from dissonance.refine.policy import refine_policy
     from dissonance.refine.policy_trainers import ONLINE
-    from dissonance.rewards import load_reward_model
 
     training = config.refine.policy
     if training is None:
         return {}
-    if config.trackers:
-        training = training.model_copy(update={"report_to": config.trackers})
     start, reward = _ends_with(run, number, config)
     folder = run.round(number)
-    return refine_policy(
-        training,
-        start,
-        load_reward_model(reward),
-        prompts,
-        folder / POLICY,
-        seed=seed,
-        progress=progress,
-        gold_pairs=pairs.gold,
-        completions=None if training.method in ONLINE else _completions(folder),
-    )
+    completions = None if training.method in ONLINE else _completions(folder)
+    request = Request(training, start, reward, prompts, folder / POLICY, seed, pairs.gold, completions, config.trackers)
+    return launch(training.launcher, request, progress) if training.launcher else train(request, progress)
 
 
 def _ends_with(run: Run, number: int, config: AuditConfig) -> tuple[PolicyConfig, RewardConfig]:

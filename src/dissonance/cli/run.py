@@ -27,6 +27,10 @@ def run(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings, YAML.")],
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; by default CONFIG without .yaml.")] = None,
     changes: Set = None,
+    audit: Annotated[
+        Path | None,
+        typer.Option("--audit", metavar="RUN", help="Take over what this run of `audit` or `run` measured."),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Stay until people have answered.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done.")] = False,
     store: StoreUrl = None,
@@ -51,7 +55,7 @@ def run(
     from dissonance.loop import run as run_rounds
 
     try:
-        found = run_rounds(settings, out, wait=wait, say=_on_stderr, progress=progress_of(silent))
+        found = run_rounds(settings, out, audit=audit, wait=wait, say=_on_stderr, progress=progress_of(silent))
     except LabelsDue as due:
         if not as_json:
             raise

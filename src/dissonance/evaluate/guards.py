@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 from dissonance.errors import DataError, SettingsError
@@ -37,6 +38,7 @@ def normalised(messages: Sequence[Message]) -> str:
     return "\n".join(f"{m.role} {_normalised(m.content)}" for m in turns)
 
 
+@lru_cache(maxsize=1 << 16)  # the same prompts are compared with these, those and others
 def _normalised(text: str) -> str:
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(_WORDS.findall(folded)) or " ".join(folded.split())

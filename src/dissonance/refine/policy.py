@@ -11,15 +11,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 
 from dissonance.artifacts import atomic_folder
-from dissonance.config import PolicyConfig, PolicyTraining
+from dissonance.config import PolicyConfig, PolicyTraining, Tracker
 from dissonance.errors import DataError, DissonanceError, ModelError, RunError, SettingsError
 from dissonance.huggingface import free_memory, load_tokenizer, resolve_device, resolve_dtype, resolve_tokens_per_batch
 from dissonance.language_model import load_language_model
@@ -49,6 +50,7 @@ def refine_policy(  # noqa: PLR0913 - a stage is one call
     progress: ProgressFactory = quiet,
     gold_pairs: Sequence[Preference] | None = None,
     completions: Sequence[Completion] | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> dict[str, Any]:
     """Train a policy against a reward model.
 
@@ -67,6 +69,7 @@ def refine_policy(  # noqa: PLR0913 - a stage is one call
             leaves its direction unchecked, and the metrics say so.
         completions: the start policy's answers to the prompts, for the methods that learn from them: dpo, rso,
             best_of_n.
+        trackers: where the training is logged to.
 
     Returns:
         method, steps, kept_step (whose policy `out` is), stopped ({step, reason} or None), gold_check, start and end
@@ -81,10 +84,11 @@ def refine_policy(  # noqa: PLR0913 - a stage is one call
         RunError: `out` is there already.
     """
     _check_request(config, prompts, out, completions)
+    check_trackers(trackers)
     gold = _gold_check(config, reward_model, gold_pairs)
     with training_session(out, seed), _workplace(out) as work:
         learner = load_learner(start, config.lora_rank, work)
-        setting = _setting(config, start, learner, reward_model, prompts, seed, work)
+        setting = replace(_setting(config, start, learner, reward_model, prompts, seed, work), trackers=trackers)
         trainer, data = _trainer(setting, completions)
         course = _train(setting, trainer, progress)
         metrics = _metrics(setting, trainer, course)
@@ -101,7 +105,6 @@ def _check_request(
     config: PolicyTraining, prompts: Sequence[Prompt], out: Path, completions: Sequence[Completion] | None
 ) -> None:
     """What can be seen to be wrong before a model is loaded."""
-    check_trackers(config.report_to)
     if out.exists():
         raise RunError(f"{out} is there already: name a folder that is not, or remove it")
     if config.method in ONLINE and len(prompts) < config.prompts_per_step:
@@ -189,7 +192,7 @@ def _train(setting: Setting, trainer: Any, progress: ProgressFactory) -> Watch:
     with progress(f"{config.method}: training the policy", config.steps, "steps") as advance:
         watch = Watch(
             Limits(config.max_kl, config.max_length_ratio), config.check_every,
-            online=config.method in ONLINE, measure=probe.measure, begin=begin,
+            online=config.method in ONLINE, measure=lambda: _of_the_first(probe.measure()), begin=begin,
             keep=lambda _: _save(setting, trainer), advance=advance,
         )  # fmt: skip
         trainer.add_callback(watch)
@@ -206,6 +209,12 @@ def _train(setting: Setting, trainer: Any, progress: ProgressFactory) -> Watch:
             f"{config.check_every} could keep a policy: lower learning_rate or check_every, or raise beta"
         )
     return watch
+
+
+def _of_the_first(found: Measurement) -> Measurement:
+    """What the first process measured, so that all stop, or none."""
+    agreed: list[Measurement] = broadcast_object_list([found])
+    return agreed[0]
 
 
 def _probe(setting: Setting, trainer: Any) -> Probe:

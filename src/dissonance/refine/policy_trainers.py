@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
-from dissonance.config import PolicyConfig, PolicyTraining
+from dissonance.config import PolicyConfig, PolicyTraining, Tracker
 from dissonance.errors import DissonanceError, SettingsError
 from dissonance.huggingface import resolve_device, resolve_dtype
 from dissonance.models import RewardModel
@@ -44,6 +44,8 @@ class Setting:
     seed: int
     work: Path
     """For what TRL writes."""
+    trackers: Sequence[Tracker] = ()
+    """Where TRL logs to."""
 
 
 class _TakesIds:
@@ -178,7 +180,7 @@ def _arguments(setting: Setting, rows: int) -> dict[str, Any]:
         "save_strategy": "no",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "report_to": list(config.report_to) or "none",
+        "report_to": list(setting.trackers) or "none",
         "disable_tqdm": True,
         "log_level": "error",
         **_batch(config, rows, PartialState(cpu=device.type == "cpu").num_processes),

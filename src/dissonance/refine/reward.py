@@ -17,7 +17,7 @@ import torch
 
 from dissonance.artifacts import atomic_folder
 from dissonance.classifier import Classifier
-from dissonance.config import RewardConfig, RewardTraining
+from dissonance.config import RewardConfig, RewardTraining, Tracker
 from dissonance.errors import DataError, ModelError
 from dissonance.huggingface import free_memory, resolve_device, resolve_dtype
 from dissonance.progress import ProgressFactory, quiet
@@ -48,6 +48,7 @@ def refine_reward_model(  # noqa: PLR0913
     *,
     seed: int = 0,
     progress: ProgressFactory = quiet,
+    trackers: Sequence[Tracker] = (),
 ) -> dict[str, Any]:
     """Train a reward model on original and new preferences together.
 
@@ -62,6 +63,7 @@ def refine_reward_model(  # noqa: PLR0913
         out: the folder to make: a model, or with `lora_rank` an adapter that names its base.
         seed: decides everything that is drawn.
         progress: opens the progress of the training.
+        trackers: where the training is logged to.
 
     Returns:
         `kind`, `base`, `lora_rank`; `pairs` and `left_out` by set; `new_weight`, the share in force; `steps`,
@@ -76,7 +78,7 @@ def refine_reward_model(  # noqa: PLR0913
         DissonanceError: what was saved is not what was trained.
     """
     started = time.perf_counter()
-    check_trackers(config.report_to)
+    check_trackers(trackers)
     with training_session(out, seed), atomic_folder(out) as folder:
         loaded = training_config(config, start)
         objective = _objective(config, start, Classifier(loaded, trainable_model(config, loaded)))
@@ -91,7 +93,7 @@ def refine_reward_model(  # noqa: PLR0913
         if before is not None:
             _check_orientation(objective, encoded, start)
         probe = Probe.of(objective.classifier, training.pairs)
-        learned = fit(objective, config, training, held_out, seed, progress)
+        learned = fit(objective, config, training, held_out, seed, progress, trackers)
         probe = probe.check_trained(objective.classifier)
         save(objective.classifier, folder)
         del objective

@@ -27,7 +27,7 @@ from trl import RewardConfig as TrlArguments
 from trl import RewardTrainer
 
 from dissonance.classifier import Classifier
-from dissonance.config import RewardTraining
+from dissonance.config import RewardTraining, Tracker
 from dissonance.progress import Advance, ProgressFactory
 from dissonance.refine.losses import LossTerms, PairBatch, pair_loss, reward_loss
 from dissonance.refine.training_set import COLUMNS, EncodedPairs, collate, columns, length_bins, pair_batch
@@ -155,6 +155,7 @@ def fit(
     held_out: EncodedPairs,
     seed: int,
     progress: ProgressFactory,
+    trackers: Sequence[Tracker] = (),
 ) -> dict[str, Any]:
     """Train the objective's classifier in place, and leave it as it was at its best on the held-out pairs.
 
@@ -165,6 +166,7 @@ def fit(
         held_out: pairs with weights; without any, training goes to the end.
         seed: of the order of the pairs.
         progress: opens the progress of the training.
+        trackers: where it is logged to.
 
     Returns:
         steps, best_step, stopped_early, and `history`: a list of step, loss and held_out_loss.
@@ -187,7 +189,7 @@ def fit(
         callbacks: list[TrainerCallback] = [_Progress(advance)]
         if config.patience and len(held_out):
             callbacks.append(EarlyStoppingCallback(config.patience))
-        arguments = _arguments(objective, config, scratch, steps, seed, evaluated=bool(held_out))
+        arguments = _arguments(objective, config, scratch, steps, seed, trackers, evaluated=bool(held_out))
         trainer = PreferenceTrainer(objective, arguments, table, held_out, callbacks)
         trainer.train()
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -196,7 +198,14 @@ def fit(
 
 
 def _arguments(
-    objective: Objective, config: RewardTraining, scratch: str, steps: int, seed: int, *, evaluated: bool
+    objective: Objective,
+    config: RewardTraining,
+    scratch: str,
+    steps: int,
+    seed: int,
+    trackers: Sequence[Tracker],
+    *,
+    evaluated: bool,
 ) -> TrlArguments:
     device = objective.classifier.device
     rate = LORA_LEARNING_RATE if is_peft_model(objective.classifier.model) else FULL_LEARNING_RATE
@@ -228,7 +237,7 @@ def _arguments(
         greater_is_better=False if evaluated else None,
         logging_steps=every,
         logging_nan_inf_filter=False,
-        report_to=list(config.report_to) or "none",
+        report_to=list(trackers) or "none",
         disable_tqdm=True,
         log_level="error",
     )

@@ -42,8 +42,8 @@ def training_session(out: Path, seed: int) -> Iterator[None]:
         os.environ.update(environment)
 
 
-def check_trackers(report_to: Sequence[Tracker]) -> None:
+def check_trackers(trackers: Sequence[Tracker]) -> None:
     """Raise SettingsError if the package of a tracker is not installed."""
-    for name in report_to:
+    for name in trackers:
         if importlib.util.find_spec(name) is None:
-            raise SettingsError(f"report_to: {name} is not installed: pip install {name}")
+            raise SettingsError(f"trackers: {name} is not installed: pip install {name}")

@@ -1,0 +1,151 @@
+"""The policy's training in processes of its own: what they share, what their errors are, and that none is left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dissonance.config import PolicyConfig, PolicyTraining, RewardConfig
+from dissonance.errors import DissonanceError, ModelError, SettingsError
+from dissonance.launch import Request, launch, train
+from dissonance.records import Message, Preference, Prompt
+from dissonance.sampling import HFPolicy
+
+TWO = "torchrun --nproc-per-node 2"
+
+
+@pytest.fixture
+def request_of(policy_folder: Path, reward_folder: Path, tmp_path: Path) -> Callable[..., Request]:
+    def make(**changes: Any) -> Request:
+        training = PolicyTraining.model_validate(
+            {
+                "steps": 2,
+                "prompts_per_step": 4,
+                "n": 2,
+                "learning_rate": 1e-3,
+                "check_every": 1,
+                "check_prompts": 4,
+                "max_kl": None,
+                "max_length_ratio": None,
+                **changes.pop("training", {}),
+            }
+        )
+        return Request(
+            **{
+                "training": training,
+                "start": PolicyConfig(model=str(policy_folder), max_new_tokens=8),
+                "reward_model": RewardConfig(model=str(reward_folder)),
+                "prompts": [Prompt(f"p{i}", (Message("user", f"w{i} w{2 * i}"),)) for i in range(8)],
+                "out": tmp_path / "policy",
+                "seed": 3,
+                **changes,
+            }
+        )
+
+    return make
+
+
+def test_two_processes_share_each_step(request_of: Callable[..., Request], tmp_path: Path) -> None:
+    shown: list[tuple[int | None, int]] = []
+
+    @contextmanager
+    def counted(_: str, total: int | None, __: str) -> Iterator[Callable[[int], None]]:
+        yield lambda more: shown.append((total, more))
+
+    found = launch(TWO, request_of(), counted)
+    assert {total for total, _ in shown} == {2}
+    assert sum(more for _, more in shown) == 2
+    assert found["steps"] == found["kept_step"] == 2
+    assert found["start"]["kl"] == 0
+    assert len(found["history"]) == 2
+    HFPolicy(PolicyConfig(model=str(tmp_path / "policy")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy", "policy.log"]
+    alone = train(request_of(out=tmp_path / "alone"))
+    # Both ask the start policy the same; each process draws answers of its own, so that the steps are others.
+    assert found["start"] == pytest.approx(alone["start"])
+    assert found["history"] != alone["history"]
+
+
+def test_one_process_of_its_own_comes_to_the_same(request_of: Callable[..., Request], tmp_path: Path) -> None:
+    found = launch("python", request_of())
+    assert found == json.loads(json.dumps(train(request_of(out=tmp_path / "alone"))))
+
+
+def test_an_error_is_the_one_that_it_would_be_here(request_of: Callable[..., Request], tmp_path: Path) -> None:
+    texts = [(f"w{i} w{i + 1}", f"w{i} w{i}") for i in range(30)]
+    pairs = [Preference((Message("user", "w1"),), chosen=one, rejected=other) for one, other in texts]
+    request = request_of(gold_pairs=[*pairs, *(Preference(p.messages, p.rejected, p.chosen) for p in pairs)])
+    with pytest.raises(ModelError) as here:
+        train(request)
+    with pytest.raises(ModelError) as there:
+        launch(TWO, request)
+    assert str(there.value) == str(here.value)
+    assert "gold" in str(there.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.log"]
+
+
+def test_a_crash_says_where_its_output_is(request_of: Callable[..., Request], tmp_path: Path) -> None:
+    with pytest.raises(DissonanceError) as caught:
+        launch("sh -c 'echo one two; echo no memory left; exit 3'", request_of())
+    assert "ended with 3 and no result" in str(caught.value)
+    assert str(tmp_path / "policy.log") in str(caught.value)
+    assert "one two | no memory left" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("launcher", ["", "no-such-launcher --x", "python '"])
+def test_a_launcher_that_is_none(launcher: str, request_of: Callable[..., Request]) -> None:
+    with pytest.raises(SettingsError, match=r"refine\.policy\.launcher"):
+        launch(launcher, request_of())
+
+
+KILLED = """
+import pickle, sys
+from dissonance.launch import launch
+launch({launcher!r}, pickle.load(open({request!r}, "rb")))
+"""
+
+
+def alive(group: int) -> bool:
+    """Whether any process of a group runs; zombies do not."""
+    found = subprocess.run(["ps", "-o", "stat=", "-g", str(group)], capture_output=True, text=True, check=False)
+    return any(not state.startswith("Z") for state in found.stdout.split())
+
+
+def test_no_process_outlives_a_killed_run(request_of: Callable[..., Request], tmp_path: Path) -> None:
+    import pickle
+
+    request = request_of(training={"steps": 100_000, "check_every": 100_000})
+    (tmp_path / "request").write_bytes(pickle.dumps(request))
+    script = KILLED.format(launcher=TWO, request=str(tmp_path / "request"))
+    parent = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+
+    def trained() -> bool:
+        return any(path.stat().st_size > 0 for path in tmp_path.glob(".policy-*.tmp/steps"))
+
+    try:
+        assert _soon(trained, 300)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert _soon(lambda: not alive(parent.pid), 60)
+    finally:
+        if alive(parent.pid):
+            os.killpg(parent.pid, signal.SIGKILL)
+    assert not (tmp_path / "policy").exists()
+
+
+def _soon(happens: Callable[[], bool], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if happens():
+            return True
+        time.sleep(0.1)
+    return False
