@@ -47,12 +47,8 @@ def check(config: RunConfig) -> None:
         raise SettingsError("evaluation.likelihood is relative: set policy.reference, or take another")
 
 
-def plan(config: RunConfig, given: GivenPairs | None = None) -> dict[str, Any]:
+def plan(config: RunConfig) -> dict[str, Any]:
     """Read every file, look for every model, and say what the run would do.
-
-    Args:
-        config: the settings.
-        given: its preference files, where they were read already.
 
     Returns:
         prompts, held_out_prompts, completions and judgements a round; rounds; pairs by file; reward_model and policy,
@@ -63,7 +59,11 @@ def plan(config: RunConfig, given: GivenPairs | None = None) -> dict[str, Any]:
         InputError: as `check`, or a file or folder is not there or holds something else.
     """
     check(config)
-    given = given or read_pairs(config.preferences)
+    return plan_with(config, read_pairs(config.preferences))
+
+
+def plan_with(config: RunConfig, given: GivenPairs) -> dict[str, Any]:
+    """As `plan`, of checked settings whose preference files were read already."""
     prompts = load_prompts(**config.prompts.model_dump(), seed=config.seed).prompts
     everything = load_prompts(**{**config.prompts.model_dump(), "sample": None}).prompts
     training = config.refine.policy

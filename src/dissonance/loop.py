@@ -18,7 +18,7 @@ from dissonance.artifacts import (
     open_run,
     write_json,
 )
-from dissonance.checks import check, plan, write_config
+from dissonance.checks import check, plan_with, write_config
 from dissonance.config import AuditConfig, RunConfig, parse_section
 from dissonance.errors import InputError, LabelsDue, RunError
 from dissonance.measuring import ROUND_TABLES, audit_inputs, audit_settings, choose, measure_round, prepare, take_over
@@ -109,7 +109,7 @@ def _go_on(
         return dict(done["summary"])
     given = read_pairs(config.preferences)
     if before is None:
-        plan(config, given)
+        plan_with(config, given)
     with create_run(out, "run", settings, inputs) as opened, _unless_empty(opened):
         if opened.fresh:
             write_config(out / "config.yaml", config)
