@@ -1,5 +1,6 @@
 """Real models, tiny, made from a config: what every test of sampling and scoring runs on."""
 
+import gc
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl  # noqa: F401 - with the others, before what they hold is frozen
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -32,6 +34,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # A shell's background job ignores Ctrl-C, and so would the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring
+# A model that goes is collected, and each time the collector would walk through all that the libraries hold for good.
+gc.collect()
+gc.freeze()
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% if m.role == 'assistant' %}<eos> {% endif %}{% endfor %}"
