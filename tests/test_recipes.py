@@ -70,7 +70,7 @@ def write_data(folder: Path) -> None:
     assert all(counts.values())
     chats = [{key: f"\n\nHuman: Tell me {i}\n\nAssistant: {key}" for key in ("chosen", "rejected")} for i in range(200)]
     module.write(module.hh_rlhf(chats), folder / "data" / "hh_rlhf")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}"}) + "\n" for i in range(40)))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Say {i}"}) + "\n" for i in range(80)))
     (folder / "held_out.jsonl").write_text(json.dumps({"prompt": "Say nothing"}) + "\n")
     (folder / "real" / "preferences").mkdir(parents=True)
     for name in ("train", "test"):
@@ -101,13 +101,18 @@ def test_every_recipe_can_be_checked(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("worlds")
+
+
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def tiny(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Makes the world that the twins name, smaller than the recipe does."""
 
     def make(task: str) -> None:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("DISSONANCE_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("DISSONANCE_CACHE", str(cache))
         world = World(task=task, n_demonstrations=1200, n_pairs=2400)  # type: ignore[arg-type]
         load("tiny/world.py").write(world, tmp_path / "tiny")
 

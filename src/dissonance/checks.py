@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import make_url
 
 from dissonance.artifacts import atomic_path
-from dissonance.config import ModelConfig, RewardConfig, RunConfig
+from dissonance.config import ModelConfig, RefiningConfig, RewardConfig, RunConfig
 from dissonance.errors import SettingsError
 from dissonance.launch import command_of
 from dissonance.prompts import load_prompts
@@ -23,19 +23,24 @@ def check(config: RunConfig) -> None:
         SettingsError: a strategy, a threshold, an annotator's setting, a tracker or a launcher that is not there;
             settings of two sections that contradict each other.
     """
-    from dissonance.refine.session import check_trackers
-
     if (asked := config.selection) is not None:
         if asked.strategy not in STRATEGIES:
             raise SettingsError(f"selection.strategy is {asked.strategy!r}: use one of {', '.join(STRATEGIES)}")
         for name in ("tau", "delta"):
             if (value := getattr(asked, name)) is not None:
                 parse_threshold(str(value), name)
-        if ":" in config.reward_model.model and config.refine.reward.base is None:
-            raise SettingsError(
-                f"reward_model {config.reward_model.model} is a callable, which cannot be trained: set "
-                "refine.reward.base to a model, or leave selection out"
-            )
+    check_refining(config, trains_reward_model=config.selection is not None)
+
+
+def check_refining(config: RefiningConfig, *, trains_reward_model: bool = True) -> None:
+    """As `check`, of the second half of a round."""
+    from dissonance.refine.session import check_trackers
+
+    if trains_reward_model and ":" in config.reward_model.model and config.refine.reward.base is None:
+        raise SettingsError(
+            f"reward_model {config.reward_model.model} is a callable, which cannot be trained: set "
+            "refine.reward.base to a model, or leave selection out"
+        )
     annotator_settings(config.feedback)
     policy = config.refine.policy
     check_trackers(config.trackers)

@@ -317,18 +317,29 @@ class RoundsConfig(_Section):
     """End after a round in which a judgement raised the mean gold reward by less than this."""
 
 
-class RunConfig(AuditConfig):
-    """A whole run of SHF-CAS: audit, ask, retrain, evaluate, round after round."""
+class RefiningConfig(AuditConfig):
+    """An audit, and what becomes of what was answered about it: the second half of a round."""
 
-    selection: SelectionConfig | None = None
-    """null: nothing is asked, and the policy is trained against the reward model as it is."""
     feedback: FeedbackConfig = FeedbackConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     refine: RefineConfig = RefineConfig()
     evaluation: EvaluationConfig | None = None
-    rounds: RoundsConfig = RoundsConfig()
     trackers: tuple[Tracker, ...] = ()
     """Where the trainings are logged to."""
+
+    @model_validator(mode="after")
+    def _evaluation_has_prompts(self) -> Self:
+        if self.evaluation is not None and self.evaluation.prompts is None:
+            raise ValueError("evaluation needs prompts, which nothing is trained on: set evaluation.prompts.source")
+        return self
+
+
+class RunConfig(RefiningConfig):
+    """A whole run of SHF-CAS: audit, ask, retrain, evaluate, round after round."""
+
+    selection: SelectionConfig | None = None
+    """null: nothing is asked, and the policy is trained against the reward model as it is."""
+    rounds: RoundsConfig = RoundsConfig()
 
     @model_validator(mode="after")
     def _rounds_have_what_they_need(self) -> Self:
@@ -341,8 +352,6 @@ class RunConfig(AuditConfig):
             raise ValueError(
                 "without selection and without refine.policy there is nothing to do: use `dissonance audit`"
             )
-        if self.evaluation is not None and self.evaluation.prompts is None:
-            raise ValueError("evaluation needs prompts, which nothing is trained on: set evaluation.prompts.source")
         return self
 
 

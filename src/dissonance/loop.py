@@ -18,8 +18,8 @@ from dissonance.artifacts import (
     open_run,
     write_json,
 )
-from dissonance.checks import check, plan_with, write_config
-from dissonance.config import AuditConfig, RunConfig, parse_section
+from dissonance.checks import check, check_refining, plan_with, write_config
+from dissonance.config import AuditConfig, RefiningConfig, RunConfig, parse_section
 from dissonance.errors import InputError, LabelsDue, RunError
 from dissonance.measuring import ROUND_TABLES, audit_inputs, audit_settings, choose, measure_round, prepare, take_over
 from dissonance.progress import ProgressFactory, quiet
@@ -201,7 +201,7 @@ def play_round(
 
 
 def train_round(
-    run: Run, number: int, config: RunConfig, given: GivenPairs, stages: Stages, progress: ProgressFactory
+    run: Run, number: int, config: RefiningConfig, given: GivenPairs, stages: Stages, progress: ProgressFactory
 ) -> dict[str, Any]:
     """The second half of a round: what was answered -> reward model -> policy -> what became better."""
     pairs = pairs_of_round(given, answered_pairs(run, number), config.preferences)
@@ -247,7 +247,7 @@ def refine(
 
     Args:
         run: the run folder.
-        sections: of `RunConfig`: preferences, feedback, refine, trackers; all have defaults.
+        sections: of `RefiningConfig`: preferences, feedback, refine, trackers; all have defaults.
         round_number: by default the latest.
         progress: opens the progress of each stage.
 
@@ -271,7 +271,7 @@ def evaluate(
 
     Args:
         run: the run folder.
-        sections: of `RunConfig`: evaluation.
+        sections: of `RefiningConfig`: evaluation.
         round_number: by default the latest.
         progress: opens the progress of each stage.
 
@@ -297,9 +297,8 @@ def _second_half(
             raise RunError(f"{run} was not refined yet: run `dissonance refine {run}` first")
         settings = {name: value for name, value in ledger["settings"].items() if name != "resolved"}
         earlier = refined["sections"] if refined is not None and command == "evaluate" else {}
-        # What was selected, and by whom it was answered, is there already.
-        config = parse_section(RunConfig, {**settings, "selection": {"budget": 1}, **earlier, **sections})
-        check(config)
+        config = parse_section(RefiningConfig, {**settings, **earlier, **sections})
+        check_refining(config)
         everything = _prompts(config, None)
         matching_run(run, "audit", ledger["settings"], audit_inputs(config, _prompts(config, number)))
         given = read_pairs(config.preferences)

@@ -14,8 +14,8 @@ from dissonance.config import (
     PolicyConfig,
     PreferencesConfig,
     PromptsConfig,
+    RefiningConfig,
     RewardConfig,
-    RunConfig,
 )
 from dissonance.errors import DataError
 from dissonance.evaluate import Asked, Grader, HeldOut, Models, evaluate, normalised, overlaps
@@ -130,7 +130,7 @@ def _split(
     return sides
 
 
-def reward_training_inputs(config: RunConfig) -> dict[str, Any]:
+def reward_training_inputs(config: RefiningConfig) -> dict[str, Any]:
     """What decides a refined reward model besides its pairs of the run: settings, and files by their content."""
     files = config.preferences.model_dump(mode="json")
     base = config.refine.reward.base
@@ -141,7 +141,7 @@ def reward_training_inputs(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def evaluation_inputs(config: RunConfig) -> dict[str, Any]:
+def evaluation_inputs(config: RefiningConfig) -> dict[str, Any]:
     """What decides an evaluation besides the models of the run."""
     settings = config.evaluation
     if settings is None:
@@ -152,7 +152,7 @@ def evaluation_inputs(config: RunConfig) -> dict[str, Any]:
 
 
 def refine_reward_of_round(
-    run: Run, number: int, config: RunConfig, pairs: Pairs, seed: int, progress: ProgressFactory
+    run: Run, number: int, config: RefiningConfig, pairs: Pairs, seed: int, progress: ProgressFactory
 ) -> dict[str, Any]:
     """Leaves `reward_model/` in the round's folder; what `refine_reward_model` returns, less its seconds."""
     from dissonance.refine.reward import refine_reward_model
@@ -176,7 +176,7 @@ def refine_reward_of_round(
 def refine_policy_of_round(
     run: Run,
     number: int,
-    config: RunConfig,
+    config: RefiningConfig,
     prompts: Sequence[Prompt],
     pairs: Pairs,
     seed: int,
@@ -211,7 +211,7 @@ def _completions(folder: Path) -> list[Completion]:
 def evaluate_round(
     run: Run,
     number: int,
-    config: RunConfig,
+    config: RefiningConfig,
     prompts: Sequence[Prompt],
     pairs: Pairs,
     seed: int,
@@ -242,7 +242,7 @@ def evaluate_round(
     )
 
 
-def check_evaluation(config: RunConfig, prompts: Sequence[Prompt], pairs: Pairs) -> None:
+def check_evaluation(config: RefiningConfig, prompts: Sequence[Prompt], pairs: Pairs) -> None:
     """Find out before anything is trained what `evaluate_round` would refuse after it.
 
     Raises:
@@ -254,7 +254,7 @@ def check_evaluation(config: RunConfig, prompts: Sequence[Prompt], pairs: Pairs)
         _grader(config, config.evaluation)
 
 
-def _held_out(config: RunConfig, settings: EvaluationConfig, prompts: Sequence[Prompt], pairs: Pairs) -> HeldOut:
+def _held_out(config: RefiningConfig, settings: EvaluationConfig, prompts: Sequence[Prompt], pairs: Pairs) -> HeldOut:
     trained_on: list[Prompt | Preference] = [*prompts, *pairs.original, *pairs.new]
     trained_clusters = _trained_clusters(config, settings) or {}
     return HeldOut(
@@ -272,7 +272,7 @@ def _without(pairs: Sequence[Preference], trained_on: Sequence[Prompt | Preferen
     return tuple(pair for place, pair in enumerate(pairs) if place not in gone)
 
 
-def _trained_clusters(config: RunConfig, settings: EvaluationConfig) -> dict[str, str] | None:
+def _trained_clusters(config: RefiningConfig, settings: EvaluationConfig) -> dict[str, str] | None:
     """Of the prompts that are trained on; None where their file has no such column."""
     try:
         return _clusters(config.prompts, settings.cluster_column)
@@ -308,7 +308,7 @@ class _Judged:
 
 
 def _models(
-    config: RunConfig,
+    config: RefiningConfig,
     settings: EvaluationConfig,
     start: PolicyConfig,
     new: PolicyConfig,
@@ -335,7 +335,7 @@ def _models(
     )
 
 
-def _grader(config: RunConfig, settings: EvaluationConfig) -> Grader | None:
+def _grader(config: RefiningConfig, settings: EvaluationConfig) -> Grader | None:
     from dissonance.rewards import load_reward_model
 
     if settings.gold is None:
