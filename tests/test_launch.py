@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from dissonance.config import PolicyConfig, PolicyTraining, RewardConfig
 from dissonance.errors import DissonanceError, ModelError, SettingsError
@@ -20,6 +21,7 @@ from dissonance.records import Message, Preference, Prompt
 from dissonance.sampling import HFPolicy
 
 TWO = "torchrun --nproc-per-node 2"
+ONE = "accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_two_processes_share_each_step(request_of: Callable[..., Request], tmp_p
     found = launch(TWO, request_of(), counted)
     assert {total for total, _ in shown} == {2}
     assert sum(more for _, more in shown) == 2
-    assert found["steps"] == found["kept_step"] == 2
+    assert found["steps"] == found["kept_step"] == found["processes"] == 2
     assert found["start"]["kl"] == 0
     assert len(found["history"]) == 2
     HFPolicy(PolicyConfig(model=str(tmp_path / "policy")))
@@ -75,7 +77,7 @@ def test_two_processes_share_each_step(request_of: Callable[..., Request], tmp_p
 
 
 def test_one_process_of_its_own_comes_to_the_same(request_of: Callable[..., Request], tmp_path: Path) -> None:
-    found = launch("python", request_of())
+    found = launch(ONE, request_of())
     assert found == json.loads(json.dumps(train(request_of(out=tmp_path / "alone"))))
 
 
@@ -107,39 +109,92 @@ def test_a_launcher_that_is_none(launcher: str, request_of: Callable[..., Reques
         launch(launcher, request_of())
 
 
-KILLED = """
-import pickle, sys
-from dissonance.launch import launch
-launch({launcher!r}, pickle.load(open({request!r}, "rb")))
+FAILS = """
+import os
+def reward(prompts, completions):
+    if os.environ.get("RANK") == "1":
+        raise MemoryError("no room on this device")
+    return [0.0 for _ in completions]
 """
 
 
-def alive(group: int) -> bool:
-    """Whether any process of a group runs; zombies do not."""
-    found = subprocess.run(["ps", "-o", "stat=", "-g", str(group)], capture_output=True, text=True, check=False)
-    return any(not state.startswith("Z") for state in found.stdout.split())
+def test_a_crash_of_one_process_names_its_cause(
+    request_of: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fails_module.py").write_text(FAILS)
+    with pytest.raises(ModelError, match="fails_module:reward failed: .*no room on this device") as caught:
+        launch(TWO, request_of(reward_model=RewardConfig(model="fails_module:reward")))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob(".policy*"))
 
 
-def test_no_process_outlives_a_killed_run(request_of: Callable[..., Request], tmp_path: Path) -> None:
-    import pickle
+def test_an_error_that_nobody_foresaw_names_its_cause_and_its_log(
+    request_of: Callable[..., Request], tmp_path: Path
+) -> None:
+    (tmp_path / "fails.py").write_text(
+        "import sys\nfrom pathlib import Path\nfrom dissonance.launch import _answer\n"
+        "_answer(Path(sys.argv[3]), OSError('no space\\non device'))\n"
+    )
+    with pytest.raises(DissonanceError) as caught:
+        launch(f"python {tmp_path / 'fails.py'}", request_of())
+    assert str(caught.value) == (
+        f"the policy's training failed (OSError: no space); all that it printed is in {tmp_path / 'policy.log'}"
+    )
 
+
+def test_processes_that_do_not_know_of_each_other_are_refused(request_of: Callable[..., Request]) -> None:
+    """As a launcher starts them that gives no ranks."""
+    with pytest.raises(SettingsError, match="do not know of each other"):
+        launch(f"""sh -c 'exec 3<&0; {sys.executable} "$@" <&3 & {sys.executable} "$@"; wait' sh""", request_of())
+
+
+INTERRUPTED = """
+import signal, sys
+from pathlib import Path
+from pydantic import TypeAdapter
+from dissonance.launch import Request, launch
+signal.signal(signal.SIGINT, signal.default_int_handler)
+launch({launcher!r}, TypeAdapter(Request).validate_json(Path({request!r}).read_bytes()))
+"""
+
+
+def trainings(folder: Path) -> list[int]:
+    """The processes that were started on a folder: the launcher, and those that it started."""
+    name = str(folder / ".policy-").encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if name in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are looked for in /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_process_outlives_its_run(request_of: Callable[..., Request], tmp_path: Path, how: signal.Signals) -> None:
     request = request_of(training={"steps": 100_000, "check_every": 100_000})
-    (tmp_path / "request").write_bytes(pickle.dumps(request))
-    script = KILLED.format(launcher=TWO, request=str(tmp_path / "request"))
-    parent = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
+    (tmp_path / "request").write_bytes(TypeAdapter(Request).dump_json(request))
+    script = INTERRUPTED.format(launcher=TWO, request=str(tmp_path / "request"))
+    parent = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
 
     def trained() -> bool:
         return any(path.stat().st_size > 0 for path in tmp_path.glob(".policy-*.tmp/steps"))
 
     try:
         assert _soon(trained, 300)
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
-        assert _soon(lambda: not alive(parent.pid), 60)
+        assert len(trainings(tmp_path)) == 3
+        parent.send_signal(how)
+        parent.wait(120)
+        assert _soon(lambda: not trainings(tmp_path), 60)
     finally:
-        if alive(parent.pid):
-            os.killpg(parent.pid, signal.SIGKILL)
+        for left in [parent.pid, *trainings(tmp_path)]:
+            with suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
     assert not (tmp_path / "policy").exists()
+    assert how == signal.SIGKILL or not list(tmp_path.glob(".policy*"))
 
 
 def _soon(happens: Callable[[], bool], seconds: float) -> bool:

@@ -127,7 +127,9 @@ def test_the_same_settings_give_the_same_run_and_a_finished_one_is_not_run_again
     assert everything(tmp_path / "one") == before
 
 
-def test_what_was_audited_is_taken_over(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompts", [{}, {"sample": 10}])
+def test_what_was_audited_is_taken_over(settings: dict[str, Any], tmp_path: Path, prompts: dict[str, Any]) -> None:
+    settings = {**settings, "prompts": {**settings["prompts"], **prompts}}
     config = changed(settings)
     run(config, tmp_path / "whole")
     audit(AuditConfig(**{name: settings[name] for name in ("prompts", "policy", "reward_model")}), tmp_path / "audit")
@@ -136,6 +138,17 @@ def test_what_was_audited_is_taken_over(settings: dict[str, Any], tmp_path: Path
         run(config, tmp_path / f"on-{source}", audit=tmp_path / source)
         assert contents(tmp_path / f"on-{source}") == contents(tmp_path / "whole")
         assert everything(tmp_path / source) == before
+        ledger = json.loads((tmp_path / f"on-{source}" / "run.json").read_text())
+        assert ledger["stages"]["taken-over"]["run"] == str(tmp_path / source)
+
+
+def test_a_damaged_table_is_not_taken_over(settings: dict[str, Any], tmp_path: Path) -> None:
+    audit(AuditConfig(**{name: settings[name] for name in ("prompts", "policy", "reward_model")}), tmp_path / "audit")
+    table = tmp_path / "audit" / "round-000" / "completions.parquet"
+    pq.write_table(pq.read_table(table).slice(1), table)
+    with pytest.raises(RunError, match="completions.parquet has 63 rows"):
+        run(changed(settings), tmp_path / "run", audit=tmp_path / "audit")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +160,12 @@ def test_what_was_audited_is_taken_over(settings: dict[str, Any], tmp_path: Path
     ],
 )
 def test_an_audit_that_cannot_be_taken_over(
-    settings: dict[str, Any], tmp_path: Path, source: str, changes: dict[str, Any], said: str
+    settings: dict[str, Any],
+    tmp_path: Path,
+    source: str,
+    changes: dict[str, Any],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     audit(AuditConfig(**{name: settings[name] for name in ("prompts", "policy", "reward_model")}), tmp_path / "audit")
     (tmp_path / "begun").mkdir()
@@ -156,6 +174,9 @@ def test_an_audit_that_cannot_be_taken_over(
     with pytest.raises(RunError, match=re.escape(said)):
         run(changed({**settings, **changes}), tmp_path / "run", audit=tmp_path / source)
     assert not (tmp_path / "run").exists()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, **changes}))
+    assert cli.run(["run", "config.yaml", "--dry-run", "--audit", str(tmp_path / source)]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_file_that_is_gone_is_made_again(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    TrainingArguments,
+)
 
 from conftest import WORDS, make_tokenizer
 from dissonance.config import RewardConfig, RewardTraining, parse_section
@@ -22,6 +28,7 @@ from dissonance.records import Message, Preference
 from dissonance.refine import reward as reward_module
 from dissonance.refine import reward_model as saving
 from dissonance.refine.reward import refine_reward_model
+from dissonance.refine.session import on_one_device
 from dissonance.rewards import load_reward_model
 from dissonance.sandbox.answers import answer
 from dissonance.sandbox.answers import preferences as sandbox_preferences
@@ -699,3 +706,9 @@ def test_a_proxy_learns_what_it_did_not_know_and_forgets_little(tmp_path: Path) 
     assert found["pairs"]["original"] + found["left_out"]["original"]["same_text"] == 800
     lead = leads(refined(start, tmp_path / "out"), of_unknown)
     assert ((lead > 0) + 0.5 * (lead == 0)).mean() == pytest.approx(accuracy["held_out_new", "after"], abs=0.02)
+
+
+def test_a_process_that_sees_many_devices_trains_on_one(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    arguments._n_gpu = 8
+    assert on_one_device(arguments).n_gpu == 1

@@ -236,7 +236,7 @@ def create_run(path: Path, command: str, settings: Mapping[str, Any], inputs: Ma
     except OSError as error:
         raise RunError(f"--out {path} cannot be made: {error.strerror}") from error
     with _locked(path):
-        _sweep(path)
+        sweep(path)
         fresh = matching_run(path, command, settings, inputs) is None
         if fresh:
             ledger = {"format": _FORMAT, "command": command, "created": _now(), "settings": dict(settings)}
@@ -246,8 +246,8 @@ def create_run(path: Path, command: str, settings: Mapping[str, Any], inputs: Ma
         yield run
 
 
-def _sweep(path: Path) -> None:
-    """Remove what a killed process left unfinished."""
+def sweep(path: Path) -> None:
+    """Remove what a killed process left unfinished; only whoever holds the run folder may."""
     for folder in (path, *path.glob("round-*")):
         for leftover in (*folder.glob(".*.tmp"), *folder.glob(".conflicts-*")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

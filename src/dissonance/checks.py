@@ -10,6 +10,7 @@ from dissonance.artifacts import atomic_path
 from dissonance.config import ModelConfig, RefiningConfig, RewardConfig, RunConfig
 from dissonance.errors import SettingsError
 from dissonance.launch import command_of
+from dissonance.measuring import audit_inputs, audit_settings, measured_before
 from dissonance.prompts import load_prompts
 from dissonance.round_labels import annotator_settings
 from dissonance.round_training import GivenPairs, check_evaluation, pairs_of_round, read_pairs
@@ -46,14 +47,21 @@ def check_refining(config: RefiningConfig, *, trains_reward_model: bool = True) 
     check_trackers(config.trackers)
     if policy is not None and policy.launcher is not None:
         command_of(policy.launcher)
+        for name, device in (("policy", config.policy.device), ("reward_model", config.reward_model.device)):
+            if ":" in device:
+                raise SettingsError(f"{name}.device is {device}, and refine.policy.launcher gives each process its own")
     if policy is not None and policy.method == "rso" and policy.rso_keep > config.policy.n:
         raise SettingsError(f"refine.policy.rso_keep is {policy.rso_keep}, but policy.n is {config.policy.n}")
     if config.evaluation is not None and config.evaluation.likelihood == "relative" and not config.policy.reference:
         raise SettingsError("evaluation.likelihood is relative: set policy.reference, or take another")
 
 
-def plan(config: RunConfig) -> dict[str, Any]:
+def plan(config: RunConfig, audit: Path | None = None) -> dict[str, Any]:
     """Read every file, look for every model, and say what the run would do.
+
+    Args:
+        config: the settings.
+        audit: a run whose measurements would be taken over.
 
     Returns:
         prompts, held_out_prompts, completions and judgements a round; rounds; pairs by file; reward_model and policy,
@@ -64,6 +72,9 @@ def plan(config: RunConfig) -> dict[str, Any]:
         InputError: as `check`, or a file or folder is not there or holds something else.
     """
     check(config)
+    if audit is not None:
+        everything = load_prompts(**{**config.prompts.model_dump(), "sample": None})
+        measured_before(audit, config.audit, audit_settings(config.audit), audit_inputs(config.audit, everything))
     return plan_with(config, read_pairs(config.preferences))
 
 

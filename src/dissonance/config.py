@@ -327,6 +327,11 @@ class RefiningConfig(AuditConfig):
     trackers: tuple[Tracker, ...] = ()
     """Where the trainings are logged to."""
 
+    @property
+    def audit(self) -> AuditConfig:
+        """The audit alone."""
+        return AuditConfig.model_validate({name: getattr(self, name) for name in AuditConfig.model_fields})
+
     @model_validator(mode="after")
     def _evaluation_has_prompts(self) -> Self:
         if self.evaluation is not None and self.evaluation.prompts is None:

@@ -5,11 +5,11 @@
     progress <- a byte for each step -----------   the first of them
     metrics, or the error <- answer.json --------  the first of them
 
-A launcher is anything that runs `-m MODULE ARGUMENTS` in every process: `accelerate launch`, `torchrun`, `srun python`.
+A launcher is anything that runs `-m MODULE ARGUMENTS` in every process, tells each its rank as PyTorch expects it, and
+lets it read our standard input: `accelerate launch`, `torchrun`.
 """
 
 import os
-import pickle
 import shlex
 import shutil
 import sys
@@ -19,9 +19,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from dissonance import errors
 from dissonance.artifacts import read_json, write_json
@@ -30,7 +33,11 @@ from dissonance.errors import DissonanceError, SettingsError
 from dissonance.progress import Advance, ProgressFactory, quiet
 from dissonance.records import Completion, Preference, Prompt
 
-_LOOK_EVERY, _PATIENCE = 0.2, 20.0
+_LOOK_EVERY = 0.2
+_PATIENCE = 90.0
+"""Seconds until a launcher that was told to end is killed; torchrun gives its processes 30."""
+_WAIT = 7200.0
+"""Seconds that one process waits for another, which may be writing a large policy."""
 _SHOWN = 3
 """Lines of a crashed launcher's output that the error repeats."""
 
@@ -48,6 +55,9 @@ class Request:
     gold_pairs: Sequence[Preference] | None = None
     completions: Sequence[Completion] | None = None
     trackers: Sequence[Tracker] = ()
+
+
+_JSON = TypeAdapter(Request)
 
 
 def train(request: Request, progress: ProgressFactory = quiet) -> dict[str, Any]:
@@ -89,19 +99,28 @@ def launch(launcher: str, request: Request, progress: ProgressFactory = quiet) -
     log = request.out.with_name(f"{request.out.name}.log")
     with tempfile.TemporaryDirectory(prefix=f".{request.out.name}-", suffix=".tmp", dir=request.out.parent) as name:
         folder = Path(name)
-        (folder / "request").write_bytes(pickle.dumps(request))
+        (folder / "request.json").write_bytes(_JSON.dump_json(request))
         (folder / "steps").touch()
-        with log.open("wb") as printed, _started(launcher, folder, printed) as process:
-            _watch(process, folder / "steps", request.training, progress)
-        if not (folder / "answer.json").is_file():
+        try:
+            with log.open("wb") as printed, _started(launcher, folder, printed) as process:
+                _watch(process, folder, request.training, progress)
+        finally:
+            # The workplaces of processes that could not remove theirs.
+            for left in request.out.parent.glob(f".{request.out.name}.*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
+        answer = _answered(folder)
+        if not answer:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_SHOWN:]
             raise DissonanceError(
                 f"refine.policy.launcher: {launcher!r} ended with {process.returncode} and no result; all that it "
                 f"printed is in {log}: {' | '.join(last)}"
             )
-        answer = read_json(folder / "answer.json")
     if "error" in answer:
-        raise getattr(errors, answer["error"])(answer["message"])
+        kind = getattr(errors, answer["error"], None)
+        if kind is None:
+            said = f"{answer['error']}: {answer['message']}"
+            raise DissonanceError(f"the policy's training failed ({said}); all that it printed is in {log}")
+        raise kind(answer["message"])
     return dict(answer["metrics"])
 
 
@@ -139,17 +158,24 @@ def _started(launcher: str, folder: Path, printed: Any) -> Iterator[Popen[bytes]
             process.wait()
 
 
-def _watch(process: Popen[bytes], steps: Path, training: PolicyTraining, progress: ProgressFactory) -> None:
+def _watch(process: Popen[bytes], folder: Path, training: PolicyTraining, progress: ProgressFactory) -> None:
+    """Return when the launcher has ended, or one of its processes has failed: the others may wait for it for hours."""
     with progress(f"{training.method}: training the policy", training.steps, "steps") as advance:
         seen = 0
         while True:
-            ended = process.poll() is not None
-            now = steps.stat().st_size
+            ended = process.poll() is not None or "error" in _answered(folder)
+            now = (folder / "steps").stat().st_size
             advance(now - seen)
             seen = now
             if ended:
                 return
             time.sleep(_LOOK_EVERY)
+
+
+def _answered(folder: Path) -> dict[str, Any]:
+    """`metrics`, or `error` and `message`; nothing as yet where there is no answer."""
+    path = folder / "answer.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def work(folder: Path) -> int:
@@ -160,19 +186,42 @@ def work(folder: Path) -> int:
     from dissonance.huggingface import resolve_device
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    request: Request = pickle.loads((folder / "request").read_bytes())  # noqa: S301 - our own, in a folder of our own
+    request = _JSON.validate_json((folder / "request.json").read_bytes())
     # First of all, so that every model is loaded onto the process's own device.
-    state = PartialState(cpu=resolve_device(request.start.device).type == "cpu")
+    wait = timedelta(seconds=request.training.trl_arguments.get("ddp_timeout", _WAIT))
+    state = PartialState(cpu=resolve_device(request.start.device).type == "cpu", timeout=wait)
     try:
+        if state.is_main_process:
+            _only_one(folder)
         metrics = train(request, _to(folder / "steps") if state.is_main_process else quiet)
-    except DissonanceError as error:  # in every process alike; the launcher stops all when the first has ended
-        write_json(folder / "answer.json", {"error": type(error).__name__, "message": str(error)})
-        return 1
-    if state.is_main_process:
+    except Exception as error:
+        _answer(folder, error)  # the launcher stops all when the first has ended
+        if isinstance(error, DissonanceError):
+            return 1
+        raise
+    if state.is_main_process and not _answered(folder):
         write_json(folder / "answer.json", {"metrics": metrics})
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
+
+
+def _only_one(folder: Path) -> None:
+    try:
+        (folder / "first").touch(exist_ok=False)
+    except FileExistsError:
+        raise SettingsError(
+            "refine.policy.launcher: its processes do not know of each other, and each would train by itself: start "
+            "them with torchrun or accelerate launch"
+        ) from None
+
+
+def _answer(folder: Path, error: Exception) -> None:
+    """Leave the error as the answer; the first one stands."""
+    if _answered(folder):
+        return
+    message = str(error).strip().partition("\n")[0]
+    write_json(folder / "answer.json", {"error": type(error).__name__, "message": message})
 
 
 def _to(steps: Path) -> ProgressFactory:
@@ -192,6 +241,7 @@ def _to(steps: Path) -> ProgressFactory:
 def _end_with_parent() -> None:
     while os.read(0, 1):  # not sys.stdin, whose lock Python wants when it ends
         pass
+    os.write(2, b"dissonance: standard input has ended, and with it the run that this process belongs to\n")
     os._exit(1)
 
 

@@ -16,12 +16,22 @@ from dissonance.artifacts import (
     fingerprint,
     matching_run,
     open_run,
+    sweep,
     write_json,
 )
 from dissonance.checks import check, check_refining, plan_with, write_config
 from dissonance.config import AuditConfig, RefiningConfig, RunConfig, parse_section
 from dissonance.errors import InputError, LabelsDue, RunError
-from dissonance.measuring import ROUND_TABLES, audit_inputs, audit_settings, choose, measure_round, prepare, take_over
+from dissonance.measuring import (
+    ROUND_TABLES,
+    Measured,
+    audit_inputs,
+    audit_settings,
+    choose,
+    measure_round,
+    measured_before,
+    prepare,
+)
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.prompts import LoadedPrompts, load_prompts
 from dissonance.report import write_report
@@ -44,6 +54,7 @@ from dissonance.round_training import (
     evaluation_inputs,
     models_of_round,
     pairs_of_round,
+    policy_training_inputs,
     read_pairs,
     refine_policy_of_round,
     refine_reward_of_round,
@@ -100,8 +111,8 @@ def _go_on(
 ) -> dict[str, Any]:
     check(config)
     everything = _prompts(config, None)
-    audited = AuditConfig.model_validate({name: getattr(config, name) for name in AuditConfig.model_fields})
-    settings, inputs = audit_settings(audited), audit_inputs(audited, everything)
+    settings, inputs = audit_settings(config.audit), audit_inputs(config.audit, everything)
+    measured = None if audit is None else measured_before(audit, config.audit, settings, inputs)
     before = matching_run(out, "run", settings, inputs)
     whole = fingerprint(config.model_dump(mode="json"))
     done = None if before is None else before.finished("run")
@@ -116,9 +127,8 @@ def _go_on(
         rounds: list[dict[str, Any]] = []
         ended = None
         for number in range(config.rounds.most):
-            first = fingerprint([settings, inputs])
-            measured = None if audit is None or number else partial(take_over, audit, opened.round(), settings, inputs)
-            rounds.append(play_round(opened, number, config, given, first, progress, measured))
+            known = None if number else measured
+            rounds.append(play_round(opened, number, config, given, fingerprint([settings, inputs]), progress, known))
             if ended := why_end(config, rounds[-1]):
                 break
         summary = {"rounds": [row(found) for found in rounds], "ended": ended or "all rounds are played"}
@@ -151,11 +161,11 @@ def play_round(
     given: GivenPairs,
     before: object,
     progress: ProgressFactory,
-    measured: Callable[[], dict[str, Any]] | None = None,
+    measured: Measured | None = None,
 ) -> dict[str, Any]:
     """One round of SHF-CAS, as in the paper's Algorithm 1; gives what `metrics.json` of the round holds.
 
-    `measured` brings what was measured elsewhere, where it was.
+    `measured` is what another run measured of the same, where one did.
     """
     stages = Stages(run, number, before)
     stages.folder.mkdir(exist_ok=True)
@@ -165,14 +175,15 @@ def play_round(
     now = config.model_copy(update={"policy": policy, "reward_model": reward, "seed": seed()})
     found: dict[str, Any] = {"round": number}
 
-    found["conflict"] = stages.done(
-        "measure",
-        {},
-        lambda: _timeless(
-            measured() if measured else measure_round(stages.folder, now, prepare(now, prompts), progress)
-        ),
-        ROUND_TABLES,
-    )
+    def measure() -> dict[str, Any]:
+        if measured is None:
+            return _timeless(measure_round(stages.folder, now, prepare(now, prompts), progress))
+        found = _timeless(measured.copy(stages.folder))
+        other = measured.run
+        run.finish("taken-over", run=str(other.path), run_id=other.run_id, versions=other.ledger["versions"])
+        return found
+
+    found["conflict"] = stages.done("measure", {}, measure, ROUND_TABLES)
     Parts(stages.folder / "parts").remove()
     if _settled(config, found):
         write_json(stages.folder / "metrics.json", found)
@@ -218,7 +229,7 @@ def train_round(
         prompts = _prompts(config, number).prompts
         found["policy"] = stages.done(
             "policy",
-            config.refine.policy.model_dump(mode="json", exclude={"launcher"}),
+            policy_training_inputs(config),
             lambda: refine_policy_of_round(run, number, config, prompts, pairs, seed("policy"), progress),
             [POLICY],
         )
@@ -291,6 +302,7 @@ def _second_half(
         ledger = opened.ledger
         if ledger["command"] != "audit" or opened.finished("audit") is None:
             raise RunError(f"{run} is no finished run of `audit`: `{command}` has no policy to go on with")
+        sweep(run)
         number = opened.find_round(round_number)
         refined = opened.finished(stage_name("refine", number))
         if command == "evaluate" and refined is None:

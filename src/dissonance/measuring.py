@@ -118,29 +118,58 @@ def measure_round(folder: Path, config: AuditConfig, prepared: Prepared, progres
     return measure_conflicts(folder, prepared.prompts, batches, n, config.likelihood)
 
 
-def take_over(path: Path, folder: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any]:
-    """Copy into a round's folder what another run of the same audit measured in its first round.
+@dataclass(frozen=True)
+class Measured:
+    """What a run measured in its first round."""
 
-    Returns:
-        What `measure_round` returned there.
+    run: Run
+    summary: dict[str, Any]
+    """What `measure_round` returned."""
+
+    def copy(self, folder: Path) -> dict[str, Any]:
+        """Copy the tables into a round's folder; gives the summary.
+
+        Raises:
+            RunError: a table is missing, damaged, or has other rows than it had.
+        """
+        for name in ROUND_TABLES:
+            table = read_table(self.run.round() / name)
+            if table.num_rows != self.summary[name.partition(".")[0]]:
+                raise RunError(f"{self.run.round() / name} has {table.num_rows:,} rows, not those that were measured")
+            write_table(folder / name, table)
+        return self.summary
+
+
+def measured_before(
+    path: Path, config: AuditConfig, settings: Mapping[str, Any], inputs: Mapping[str, str]
+) -> Measured:
+    """What another run measured, if it is of the same audit.
+
+    Args:
+        path: a finished run of `audit`, or a run that has measured its first round.
+        config: the audit.
+        settings: what `audit_settings` says of it.
+        inputs: what `audit_inputs` says of it, with all prompts that any round may draw.
 
     Raises:
         RunError: there is no such run, it is not that far, or it was made with other settings or inputs.
     """
     other = find_run(path)
     ledger = other.ledger
-    stage = {"audit": "audit", "run": stage_name("measure", 0)}.get(ledger["command"], "")
-    if (done := other.finished(stage)) is None:
+    command = ledger["command"]
+    done = other.finished({"audit": "audit", "run": stage_name("measure", 0)}.get(command, ""))
+    if done is None:
         raise RunError(f"{path} has no finished audit: name a finished run of `audit`, or a run that has measured")
+    if command == "audit":
+        drawn = load_prompts(**config.prompts.model_dump(), seed=config.seed).prompts
+        inputs = {**inputs, "prompts": prompts_fingerprint(drawn)}
     if changed := changes(ledger, settings, inputs):
         raise RunError(f"{path} was audited with other settings ({'; '.join(changed)}): take those, or audit anew")
-    for name in ROUND_TABLES:
-        write_table(folder / name, read_table(other.round() / name))
-    return {name: value for name, value in done["summary"].items() if name != "duplicates"}
+    return Measured(other, {name: value for name, value in done["summary"].items() if name != "duplicates"})
 
 
 ROUND_TABLES = ("completions.parquet", "prompts.parquet")
-"""What measuring leaves in a round's folder."""
+"""What measuring leaves in a round's folder; its summary counts the rows of each."""
 
 
 def _finished(out: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, Any] | None:

@@ -132,13 +132,24 @@ def _split(
 
 def reward_training_inputs(config: RefiningConfig) -> dict[str, Any]:
     """What decides a refined reward model besides its pairs of the run: settings, and files by their content."""
-    files = config.preferences.model_dump(mode="json")
     base = config.refine.reward.base
     return {
         **config.refine.reward.model_dump(mode="json"),
-        **{name: source_fingerprint(value) if isinstance(value, str) else value for name, value in files.items()},
+        **_preference_inputs(config),
         **({} if base is None else {"base_content": source_fingerprint(base)}),
     }
+
+
+def policy_training_inputs(config: RefiningConfig) -> dict[str, Any]:
+    """What decides a refined policy besides the reward model; how many processes train it is in its metrics."""
+    training = config.refine.policy
+    settings = {} if training is None else training.model_dump(mode="json", exclude={"launcher"})
+    return {**settings, **_preference_inputs(config)}
+
+
+def _preference_inputs(config: RefiningConfig) -> dict[str, Any]:
+    files = config.preferences.model_dump(mode="json")
+    return {name: source_fingerprint(value) if isinstance(value, str) else value for name, value in files.items()}
 
 
 def evaluation_inputs(config: RefiningConfig) -> dict[str, Any]:
@@ -148,7 +159,9 @@ def evaluation_inputs(config: RefiningConfig) -> dict[str, Any]:
         return {}
     prompts = {} if settings.prompts is None else {"prompts_content": source_fingerprint(settings.prompts.source)}
     gold = {} if settings.gold is None else model_inputs("gold", settings.gold)
-    return {**settings.model_dump(mode="json"), **prompts, **gold}
+    behind = config.feedback.reward_model
+    annotator = {} if behind is None else model_inputs("annotator", behind)
+    return {**settings.model_dump(mode="json"), **prompts, **gold, **annotator}
 
 
 def refine_reward_of_round(

@@ -49,7 +49,7 @@ def run(
     if dry_run:
         from dissonance.checks import plan
 
-        planned = plan(settings)
+        planned = plan(settings, audit)
         say(planned, as_json, _plan_lines(planned))
         return
     from dissonance.loop import run as run_rounds

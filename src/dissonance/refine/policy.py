@@ -74,7 +74,8 @@ def refine_policy(  # noqa: PLR0913 - a stage is one call
     Returns:
         method, steps, kept_step (whose policy `out` is), stopped ({step, reason} or None), gold_check, start and end
         (reward, kl, length, entropy, unfinished of the start policy and of `out`, on the same prompts), history (a list
-        of such rows with their step), trained_parameters, and data (of what the offline methods learned from).
+        of such rows with their step), trained_parameters, processes (that shared the steps), and data (of what the
+        offline methods learned from).
 
     Raises:
         ModelError: the reward model ranks gold pairs no better than chance, the KL reference is not the start policy,
@@ -178,6 +179,7 @@ def _train(setting: Setting, trainer: Any, progress: ProgressFactory) -> Watch:
     """Take the steps; `kept` in the workplace is then the last good policy."""
     config = setting.config
     check_trainable(trainer.model)
+    _check_sharding(trainer)
     probe = _probe(setting, trainer)
     exact = resolve_dtype(setting.start.dtype, resolve_device(setting.start.device)) == torch.float32
     before: list[str] = []
@@ -192,7 +194,8 @@ def _train(setting: Setting, trainer: Any, progress: ProgressFactory) -> Watch:
     with progress(f"{config.method}: training the policy", config.steps, "steps") as advance:
         watch = Watch(
             Limits(config.max_kl, config.max_length_ratio), config.check_every,
-            online=config.method in ONLINE, measure=lambda: _of_the_first(probe.measure()), begin=begin,
+            online=config.method in ONLINE, measure=lambda: _of_the_first(probe.measure()),
+            begin=lambda: _of_the_first(begin()),
             keep=lambda _: _save(setting, trainer), advance=advance,
         )  # fmt: skip
         trainer.add_callback(watch)
@@ -209,6 +212,16 @@ def _train(setting: Setting, trainer: Any, progress: ProgressFactory) -> Watch:
             f"{config.check_every} could keep a policy: lower learning_rate or check_every, or raise beta"
         )
     return watch
+
+
+def _check_sharding(trainer: Any) -> None:
+    """Of sharded weights Transformers saves nothing unless they are gathered."""
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise SettingsError(
+            f"policy: FSDP's state dict type is {plugin.state_dict_type}, with which no weights would be saved: set "
+            "fsdp_state_dict_type to FULL_STATE_DICT"
+        )
 
 
 def _of_the_first(found: Measurement) -> Measurement:
@@ -264,6 +277,8 @@ def _save(setting: Setting, trainer: Any) -> None:
     shutil.rmtree(folder / "ref", ignore_errors=True)
     for leftover in ("training_args.bin", "README.md"):
         (folder / leftover).unlink(missing_ok=True)
+    if not any(folder.glob("*.safetensors")):
+        raise DissonanceError("policy: the trainer saved no weights")
     # The tokenizer as it was: TRL gave its own a pad token.
     load_tokenizer(setting.start, "policy").save_pretrained(folder)
     shutil.rmtree(kept, ignore_errors=True)
@@ -285,4 +300,5 @@ def _metrics(setting: Setting, trainer: Any, watch: Watch) -> dict[str, Any]:
             {key: value if math.isfinite(value) else None for key, value in row.items()} for row in watch.history
         ],
         "trained_parameters": check_trainable(trainer.model),
+        "processes": trainer.accelerator.num_processes,
     }

@@ -22,6 +22,7 @@ from dissonance.models import RewardModel
 from dissonance.records import Completion, Prompt
 from dissonance.refine.distil import Pair
 from dissonance.refine.learner import Learner
+from dissonance.refine.session import on_one_device
 from dissonance.refine.watch import REWARD
 
 ONLINE = ("rloo", "grpo")
@@ -147,7 +148,7 @@ def _make(setting: Setting, trainer: Any, arguments: Any, rows: int, own: dict[s
     try:
         made = trainer(
             model=learner.model,
-            args=arguments(**taken, **config.trl_arguments),
+            args=on_one_device(arguments(**taken, **config.trl_arguments)),
             processing_class=learner.encode.tokenizer,
             peft_config=learner.new_adapter,
             **kwargs,

@@ -30,6 +30,7 @@ from dissonance.classifier import Classifier
 from dissonance.config import RewardTraining, Tracker
 from dissonance.progress import Advance, ProgressFactory
 from dissonance.refine.losses import LossTerms, PairBatch, pair_loss, reward_loss
+from dissonance.refine.session import on_one_device
 from dissonance.refine.training_set import COLUMNS, EncodedPairs, collate, columns, length_bins, pair_batch
 
 FULL_LEARNING_RATE, LORA_LEARNING_RATE = 1e-5, 1e-4
@@ -190,7 +191,7 @@ def fit(
         if config.patience and len(held_out):
             callbacks.append(EarlyStoppingCallback(config.patience))
         arguments = _arguments(objective, config, scratch, steps, seed, trackers, evaluated=bool(held_out))
-        trainer = PreferenceTrainer(objective, arguments, table, held_out, callbacks)
+        trainer = PreferenceTrainer(objective, on_one_device(arguments), table, held_out, callbacks)
         trainer.train()
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     classifier.model.eval()

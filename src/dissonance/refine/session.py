@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub.constants
@@ -40,6 +41,16 @@ def training_session(out: Path, seed: int) -> Iterator[None]:
             datasets.enable_progress_bars()
         os.environ.clear()
         os.environ.update(environment)
+
+
+def on_one_device(arguments: Any) -> Any:
+    """A trainer's arguments, so that a process trains on one device, however many it sees.
+
+    With more, Transformers would wrap the model in DataParallel, which TRL refuses.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # noqa: SLF001 - as Transformers' own trainer does
+    return arguments
 
 
 def check_trackers(trackers: Sequence[Tracker]) -> None:
