@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 import uuid
@@ -177,6 +178,28 @@ def test_an_audit_that_cannot_be_taken_over(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, **changes}))
     assert cli.run(["run", "config.yaml", "--dry-run", "--audit", str(tmp_path / source)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_no_round_is_built_on_a_policy_that_is_gone(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The advice of an error, followed: round 0 trains another policy, and round 1 was sampled from the first."""
+    run(changed(settings, rounds={"most": 2}), tmp_path / "run")
+    training = {**settings["refine"]["policy"], "steps": 3}
+    other = changed(settings, rounds={"most": 2}, refine={"policy": training})
+    with pytest.raises(RunError, match=r"policy of round 0 was run with other settings \(steps: 2, now 3\)"):
+        run(other, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "round-000" / "policy")
+    with pytest.raises(RunError, match="measure of round 1 was run with other settings"):
+        run(other, tmp_path / "run")
+
+
+def test_a_run_killed_before_it_did_anything_can_have_other_settings(settings: dict[str, Any], tmp_path: Path) -> None:
+    run(changed(settings), tmp_path / "run")
+    ledger = json.loads((tmp_path / "run" / "run.json").read_text())
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run" / "round-000").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**ledger, "stages": {}}))
+    assert run(changed(settings, seed=5), tmp_path / "run")["rounds"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["seed"] == 5
 
 
 def test_a_file_that_is_gone_is_made_again(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -489,11 +512,16 @@ def test_a_dry_run_reads_everything_and_writes_nothing(
     assert cli.run(["run", "config.yaml", "--dry-run"]) == 0
     assert "nothing was written" in capsys.readouterr().out
     assert sorted(path for path in tmp_path.iterdir() if path.name != "__pycache__") == before
+    (tmp_path / "here").mkdir()
     for wrong, said in {
         "evaluation.prompts.source=prompts.jsonl": "16 held-out prompts were trained on",
         "preferences.gold=prompts.jsonl": "prompts.jsonl:1",
         "reward_model.model=./nowhere": "./nowhere",
         "trackers=[mlflow]": "mlflow is not installed: pip install mlflow",
+        "policy.model=" + settings["reward_model"]["model"]: "is a classifier",
+        "reward_model.model=" + settings["policy"]["model"]: "is a causal LM",
+        "policy.model=here/nope": "there is no nope in the folder here",
+        "selection={strategy: discordant, budgett: 12}": "did you mean budget?",
         "rounds": "write KEY=VALUE",
     }.items():
         assert cli.run(["run", "config.yaml", "--dry-run", "--set", wrong]) == 2

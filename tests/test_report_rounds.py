@@ -139,7 +139,7 @@ def test_steps_go_on_from_round_to_round() -> None:
     points = spec["datasets"]["points"]
     assert [point["step"] for point in points] == [*range(8), *range(8, 16)]
     assert [point["own"] for point in points] == [*range(8), *range(8)]
-    assert [point["round"] for point in points] == ["1"] * 8 + ["3"] * 8
+    assert [point["round"] for point in points] == ["0"] * 8 + ["2"] * 8
     assert spec["datasets"]["ends"] == [{"x": 7.5}]
 
 
@@ -149,7 +149,7 @@ def test_what_is_no_number_is_left_out_and_a_stop_is_told() -> None:
     found = figures_of(Round(policy={"history": history, "stopped": stopped}))
     assert set(found) == {"training-reward", "training-kl"}
     assert [point["value"] for point in found["training-reward"].spec["datasets"]["points"]] == [1.0]
-    assert "Round 1 was stopped at step 1: KL from the start policy is 9.0 nats." in found["training-kl"].caption
+    assert "Round 0 was stopped at step 1: KL from the start policy is 9.0 nats." in found["training-kl"].caption
 
 
 def test_the_leads_say_what_the_reward_model_took_in() -> None:

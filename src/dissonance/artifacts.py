@@ -217,8 +217,16 @@ def matching_run(path: Path, command: str, settings: Mapping[str, Any], inputs: 
         if path.exists() and any(not p.name.startswith(".") for p in _listing(path)):
             raise RunError(f"{path} is not empty and is not a run folder: choose another --out")
         return None
-    _check_same(path, command, settings, inputs)
-    return Run(path)
+    if not _nothing_done(path):
+        _check_same(path, command, settings, inputs)
+        return Run(path)
+    return None
+
+
+def _nothing_done(path: Path) -> bool:
+    """Whether a run was killed before it had made anything: what it was to be with does not matter then."""
+    made = any(path.glob("round-*/*")) or any(path.glob("labels.db*"))
+    return not made and not find_run(path).ledger["stages"]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import make_url
 
 from dissonance.artifacts import atomic_path
-from dissonance.config import ModelConfig, RefiningConfig, RewardConfig, RunConfig
+from dissonance.config import ModelConfig, PolicyConfig, RefiningConfig, RewardConfig, RunConfig
 from dissonance.errors import SettingsError
 from dissonance.launch import command_of
 from dissonance.measuring import audit_inputs, audit_settings, measured_before
@@ -120,7 +120,9 @@ def _models(config: RunConfig) -> dict[str, ModelConfig]:
 
 def _place(section: ModelConfig, name: str) -> str:
     """Where a model is; raises a ModelError where it is not."""
+    from dissonance.classifier import check_classifies
     from dissonance.huggingface import base_and_adapter, resolve_source
+    from dissonance.language_model import check_generates
     from dissonance.rewards import load_reward_model
 
     if isinstance(section, RewardConfig) and ":" in section.model:
@@ -129,7 +131,13 @@ def _place(section: ModelConfig, name: str) -> str:
     base, adapter = base_and_adapter(section, name)
     for part in filter(None, (base, adapter)):
         source = resolve_source(part, name)
-    return "folder" if Path(source.name).expanduser().is_dir() else "file" if source.kwargs else "hub"
+    if not Path(source.name).expanduser().is_dir():
+        return "hub"
+    if isinstance(section, RewardConfig):
+        check_classifies(section)
+    elif isinstance(section, PolicyConfig):
+        check_generates(section, name)
+    return "file" if source.kwargs else "folder"
 
 
 def write_config(path: Path, config: RunConfig) -> None:

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dissonance.config import RewardConfig
 from dissonance.errors import DissonanceError, ModelError
@@ -190,6 +196,25 @@ class Classifier:
         return second * mask
 
 
+def check_classifies(config: RewardConfig) -> PreTrainedConfig:
+    """A reward model's configuration, if what it names can be one; reads no weights.
+
+    Raises:
+        ModelError: it is a causal LM.
+    """
+    base, adapter = base_and_adapter(config, ROLE)
+    source = resolve_source(base, ROLE)
+    with loading(ROLE, config.model):
+        known = AutoConfig.from_pretrained(source.name, trust_remote_code=config.trust_remote_code, **source.kwargs)
+    architecture = (known.architectures or ["unknown"])[0]
+    if adapter is None and architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ModelError(
+            f"{ROLE}: {config.model} is a causal LM ({architecture}); its reward head would be random: "
+            "train one first, with `trl reward` for example"
+        )
+    return known
+
+
 def load_classifier(config: RewardConfig, *, trainable: bool = False, merge: bool = False) -> PreTrainedModel:
     """Load a classifier whose every weight is known, in evaluation mode.
 
@@ -204,13 +229,7 @@ def load_classifier(config: RewardConfig, *, trainable: bool = False, merge: boo
     base, adapter = base_and_adapter(config, ROLE)
     source = resolve_source(base, ROLE)
     with loading(ROLE, config.model):
-        known = AutoConfig.from_pretrained(source.name, trust_remote_code=config.trust_remote_code, **source.kwargs)
-        architecture = (known.architectures or ["unknown"])[0]
-        if adapter is None and architecture.endswith(("ForCausalLM", "LMHeadModel")):
-            raise ModelError(
-                f"{ROLE}: {config.model} is a causal LM ({architecture}); its reward head would be random: "
-                "train one first, with `trl reward` for example"
-            )
+        known = check_classifies(config)
         _output_index(config, 1 if adapter is not None else known.num_labels)
         heads = {"num_labels": 1} if adapter is not None and known.num_labels != 1 else {}
         model, missing = _from_pretrained(config, source, heads)

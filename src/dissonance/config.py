@@ -368,7 +368,8 @@ def parse_section(section: type[Section], values: dict[str, Any]) -> Section:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # A key that there is not comes first: it may be what is missing, misspelt.
+        first = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"]) or "settings"
         if first["type"] == "extra_forbidden":
             raise SettingsError(f"{where}: there is no such setting{_meant(section, first['loc'])}") from error

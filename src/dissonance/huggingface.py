@@ -55,6 +55,8 @@ def resolve_source(name: str, role: str) -> Source:
         return Source(str(path), {})
     if path.exists() or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ModelError(f"{role}: {name} is not a model: give a hub id, a folder with config.json, or a .gguf file")
+    if "/" in name and path.parent.is_dir():
+        raise ModelError(f"{role}: there is no {path.name} in the folder {path.parent}: give a folder with config.json")
     return Source(name, {})
 
 

@@ -60,15 +60,23 @@ def load_language_model(config: PolicyConfig, role: str) -> PreTrainedModel:
     return model.eval()
 
 
-def load_base(config: PolicyConfig, role: str) -> PreTrainedModel:
-    """A causal LM without its adapter; errors as `load_language_model`."""
+def check_generates(config: PolicyConfig, role: str) -> None:
+    """Raise ModelError if what is named is a classifier; reads no weights."""
     name, _ = base_and_adapter(config, role)
     source = resolve_source(name, role)
     with loading(role, config.model):
         known = AutoConfig.from_pretrained(source.name, trust_remote_code=config.trust_remote_code, **source.kwargs)
-        architecture = (known.architectures or [""])[0]
-        if architecture.endswith("ForSequenceClassification"):
-            raise ModelError(f"{role}: {name} is a classifier ({architecture}), not a causal LM")
+    architecture = (known.architectures or [""])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        raise ModelError(f"{role}: {name} is a classifier ({architecture}), not a causal LM")
+
+
+def load_base(config: PolicyConfig, role: str) -> PreTrainedModel:
+    """A causal LM without its adapter; errors as `load_language_model`."""
+    name, _ = base_and_adapter(config, role)
+    source = resolve_source(name, role)
+    check_generates(config, role)
+    with loading(role, config.model):
         model, info = AutoModelForCausalLM.from_pretrained(
             source.name, dtype=resolve_dtype(config.dtype, resolve_device(config.device)), output_loading_info=True,
             trust_remote_code=config.trust_remote_code, **source.model_kwargs(),

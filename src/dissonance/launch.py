@@ -112,8 +112,8 @@ def launch(launcher: str, request: Request, progress: ProgressFactory = quiet) -
         if not answer:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_SHOWN:]
             raise DissonanceError(
-                f"refine.policy.launcher: {launcher!r} ended with {process.returncode} and no result; all that it "
-                f"printed is in {log}: {' | '.join(last)}"
+                f"refine.policy.launcher: {launcher!r} ended with {process.returncode} and no result (it must run `-m "
+                f"MODULE ARGUMENTS` in each process); all that it printed is in {log}: {' | '.join(last)}"
             )
     if "error" in answer:
         kind = getattr(errors, answer["error"], None)

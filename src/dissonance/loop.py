@@ -125,10 +125,11 @@ def _go_on(
         if opened.fresh:
             write_config(out / "config.yaml", config)
         rounds: list[dict[str, Any]] = []
-        ended = None
+        ended, before_it = None, fingerprint([settings, inputs])
         for number in range(config.rounds.most):
-            known = None if number else measured
-            rounds.append(play_round(opened, number, config, given, fingerprint([settings, inputs]), progress, known))
+            stages = Stages(opened, number, before_it)
+            rounds.append(play_round(config, given, stages, progress, None if number else measured))
+            before_it = stages.left
             if ended := why_end(config, rounds[-1]):
                 break
         summary = {"rounds": [row(found) for found in rounds], "ended": ended or "all rounds are played"}
@@ -155,11 +156,9 @@ def _unless_empty(run: Run) -> Iterator[None]:
 
 
 def play_round(
-    run: Run,
-    number: int,
     config: RunConfig,
     given: GivenPairs,
-    before: object,
+    stages: Stages,
     progress: ProgressFactory,
     measured: Measured | None = None,
 ) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def play_round(
 
     `measured` is what another run measured of the same, where one did.
     """
-    stages = Stages(run, number, before)
+    run, number = stages.run, stages.number
     stages.folder.mkdir(exist_ok=True)
     prompts = _prompts(config, number).prompts
     policy, reward = models_of_round(run, number, config)
@@ -206,15 +205,14 @@ def play_round(
             lambda: write_round_pairs(run, number, config.feedback),
             [PAIRS],
         )
-    found |= train_round(run, number, config, given, stages, progress)
+    found |= train_round(config, given, stages, progress)
     write_json(stages.folder / "metrics.json", found)
     return found
 
 
-def train_round(
-    run: Run, number: int, config: RefiningConfig, given: GivenPairs, stages: Stages, progress: ProgressFactory
-) -> dict[str, Any]:
+def train_round(config: RefiningConfig, given: GivenPairs, stages: Stages, progress: ProgressFactory) -> dict[str, Any]:
     """The second half of a round: what was answered -> reward model -> policy -> what became better."""
+    run, number = stages.run, stages.number
     pairs = pairs_of_round(given, answered_pairs(run, number), config.preferences)
     seed = partial(seed_of, config.seed, number)
     found: dict[str, Any] = {}
@@ -300,6 +298,8 @@ def _second_half(
 ) -> dict[str, Any]:
     with open_run(run) as opened:
         ledger = opened.ledger
+        if ledger["command"] == "run":
+            raise RunError(f"{run} is a run of `run`, which does this by itself: give it to `run` again, or audit anew")
         if ledger["command"] != "audit" or opened.finished("audit") is None:
             raise RunError(f"{run} is no finished run of `audit`: `{command}` has no policy to go on with")
         sweep(run)
@@ -317,6 +317,8 @@ def _second_half(
         check_evaluation(config, everything.prompts, pairs_of_round(given, (), config.preferences))
         stages = Stages(opened, number, [ledger["settings"], ledger["inputs"]])
         found: dict[str, Any] = {"round": number, "conflict": ledger["stages"]["audit"]["summary"]}
+        if (selected := opened.finished(stage_name("select", number))) is not None:
+            found["selection"] = selected["summary"]
         found["pairs"] = stages.done(
             "pairs",
             {"method": config.feedback.method, "labels": labels_fingerprint(run, number, config.feedback)},
@@ -324,7 +326,7 @@ def _second_half(
             [PAIRS],
             redo=True,
         )
-        found |= train_round(opened, number, config, given, stages, progress)
+        found |= train_round(config, given, stages, progress)
         opened.finish(stage_name(command, number), sections=sections)
         write_json(stages.folder / "metrics.json", found)
         write_report(run)

@@ -16,6 +16,8 @@ class Stages:
         self.run, self.number = run, number
         self.folder = run.round(number)
         self._mark = fingerprint(before)
+        self.left = self._mark
+        """What the next round begins with: of all stages but those that nothing is built on."""
 
     def done(
         self,
@@ -34,13 +36,15 @@ class Stages:
             make: runs it.
             leaves: files and folders of the round that it leaves. Of a killed run they may be there without an entry:
                 they are removed then.
-            redo: whether it may be run again with other settings.
+            redo: whether it may be run again with other settings, since no later round is built on it.
 
         Raises:
             RunError: the stage was run with other settings, and what it left is there.
         """
         name = stage_name(stage, self.number)
         self._mark = fingerprint([self._mark, stage, settings])
+        if not redo:
+            self.left = self._mark
         entry = self.run.finished(name)
         if entry is not None and all((self.folder / left).exists() for left in leaves):
             if entry.get("fingerprint") == self._mark:

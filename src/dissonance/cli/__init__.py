@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 from dissonance import __version__
 from dissonance.cli import conflicts, exchange, label, status
 from dissonance.cli import run as run_commands
-from dissonance.errors import DissonanceError
+from dissonance.errors import DissonanceError, LabelsDue
 
 app = typer.Typer(
     name="dissonance",
@@ -74,5 +74,6 @@ def _with_value(message: str, arguments: list[str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"dissonance: error: {' '.join(message.split())}", file=sys.stderr)
+    kind = "" if code == LabelsDue.exit_code else "error: "
+    print(f"dissonance: {kind}{' '.join(message.split())}", file=sys.stderr)
     return code

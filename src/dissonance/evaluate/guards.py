@@ -157,7 +157,7 @@ class Grader:
         annotated = self.fingerprint in annotators
         if annotated and not allow_annotator:
             raise SettingsError(
-                f"the gold reward that grades ({self.fingerprint[:12]}) also answered the queries: grade with another,"
-                " or set allow_annotator_as_grader where that is meant"
+                "the gold reward that grades (evaluation.gold) also answered the queries: grade with another, or set "
+                "evaluation.allow_annotator_as_grader where that is meant"
             )
         object.__setattr__(self, "annotated", annotated)

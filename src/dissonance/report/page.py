@@ -42,6 +42,8 @@ def render_report(run: Path) -> str:
         RunError: the folder is no run, or the run is not finished.
     """
     ledger, summary = _read_object(run, "run.json"), _read_object(run, "summary.json")
+    # `config.yaml` is JSON, and has what a run does after its audit.
+    config = _read_object(run, "config.yaml") if (run / "config.yaml").is_file() else None
     settings = ledger.get("settings")
     how = reading(settings if isinstance(settings, Mapping) else {})
     folder = run / "round-000"
@@ -70,7 +72,7 @@ def render_report(run: Path) -> str:
         dislikes=dislikes,
         top=top,
         significance=SIGNIFICANCE,
-        sections=_sections(ledger, summary),
+        sections=_sections(ledger, summary, config),
     )
 
 
@@ -111,10 +113,12 @@ def _title(ledger: Mapping[str, Any]) -> tuple[str, str] | None:
     return (base_name(names[0]), base_name(names[1])) if all(names) else None
 
 
-def _sections(ledger: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+def _sections(
+    ledger: Mapping[str, Any], summary: Mapping[str, Any], config: Mapping[str, Any] | None
+) -> dict[str, list[tuple[str, str]]]:
     """List what the page ends with: settings, versions and the run's own figures, as (name, value)."""
     sections = {
-        "Settings": ledger.get("settings"),
+        "Settings": config or ledger.get("settings"),
         "Inputs": ledger.get("inputs"),
         "Versions": ledger.get("versions"),
         "Figures": summary,

@@ -118,7 +118,7 @@ def accuracy_figure(rounds: Sequence[Round]) -> Figure | None:
     """The reward model's accuracy against gold, before and after, round by round, on the start policy's answers."""
     series = {"proxy": ("before", GREY), "refined": ("refined", ORANGE)}
     rows = []
-    for place, one in enumerate(rounds, start=1):
+    for place, one in enumerate(rounds):
         found = ((one.evaluation.get("reward_accuracy") or {}).get("start")) or {}
         rows += [estimate(place, name, found.get(key)) for key, (name, _) in series.items()]
     return by_round(
@@ -139,7 +139,7 @@ def held_out_figure(rounds: Sequence[Round]) -> Figure | None:
     series = {(s, w): f"{name} data, {w}" for s, name in sets.items() for w in ("before", "after")}
     rows = [
         estimate(place, name, ((one.reward_model.get(key) or {}).get(when) or {}).get("accuracy"))
-        for place, one in enumerate(rounds, start=1)
+        for place, one in enumerate(rounds)
         for (key, when), name in series.items()
     ]
     return by_round(

@@ -101,7 +101,7 @@ def _points(rounds: Sequence[Round], key: str) -> list[dict[str, Any]]:
     """Steps go on from round to round."""
     points: list[dict[str, Any]] = []
     before = 0
-    for name, one in enumerate(rounds, start=1):
+    for name, one in enumerate(rounds):
         history = one.policy.get("history") or ()
         points += [
             {"step": before + step["step"], "own": step["step"], "round": str(name), "value": float(step[key])}
@@ -114,7 +114,7 @@ def _points(rounds: Sequence[Round], key: str) -> list[dict[str, Any]]:
 
 
 def _stops(rounds: Sequence[Round]) -> str:
-    stops = ((name, one.policy.get("stopped")) for name, one in enumerate(rounds, start=1))
+    stops = ((name, one.policy.get("stopped")) for name, one in enumerate(rounds))
     return "".join(f" Round {name} was stopped at step {at['step']:,}: {at['reason']}." for name, at in stops if at)
 
 
@@ -126,7 +126,7 @@ def _ends(points: Sequence[Values]) -> list[dict[str, Any]]:
 def gold_figure(rounds: Sequence[Round]) -> Figure | None:
     """Gold reward on held-out prompts, at the start and after each round."""
     rows = []
-    for place, one in enumerate(rounds, start=1):
+    for place, one in enumerate(rounds):
         gold = one.evaluation.get("gold_reward") or {}
         rows += [estimate(place, "start policy", gold.get("start")), estimate(place, "new policy", gold.get("new"))]
     return by_round(
@@ -150,7 +150,7 @@ def conflict_figure(rounds: Sequence[Round]) -> Figure | None:
     """Mean K of the new policy against each judge, round by round."""
     series = {"proxy": ("proxy", GREY), "refined": ("refined reward model", ORANGE), "gold": ("gold", INK)}
     rows = []
-    for place, one in enumerate(rounds, start=1):
+    for place, one in enumerate(rounds):
         found = (one.evaluation.get("conflict") or {}).get("new") or {}
         rows += [
             estimate(place, name, (found.get(key) or {}).get("distinct_distance")) for key, (name, _) in series.items()

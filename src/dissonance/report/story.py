@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from dissonance.artifacts import read_json
 from dissonance.report.examples import clip
-from dissonance.report.headline import number
+from dissonance.report.headline import number, plural
 from dissonance.report.round_parts import Round, Values, in_words
 
 _QUESTION_CHARACTERS, _ANSWER_CHARACTERS = 300, 400
@@ -98,7 +98,7 @@ def _questions(folder: Path, wanted: set[str]) -> dict[str, str]:
 def _story(folder: Path, metrics: Values, one: Round) -> RoundStory:
     selection, pairs = metrics.get("selection") or {}, metrics.get("pairs") or {}
     return RoundStory(
-        name=f"Round {metrics.get('round', 0) + 1}",
+        name=f"Round {metrics.get('round', 0)}",
         folder=folder.name,
         cells=dict(_cells(metrics)),
         asked=list(_asked(one)),
@@ -122,14 +122,21 @@ def _cells(metrics: Values) -> Iterator[tuple[str, str]]:
     ):
         measured = reward.get(name) or {}
         if measured.get("after"):
-            yield title, _arrow((measured.get("before") or {}).get("accuracy"), measured["after"]["accuracy"])
+            said = _arrow((measured.get("before") or {}).get("accuracy"), measured["after"]["accuracy"])
+            yield title, f"{said} ({measured['after']['pairs']:,} {plural('pair', measured['after']['pairs'])})"
     if gold := evaluation.get("gold_reward"):
         yield "gold reward", _arrow(gold["start"], gold["new"])
         yield "win rate", in_words(gold["win_rate"], 3) if gold["win_rate"] else ""
     if policy := metrics.get("policy"):
         yield "policy", f"{policy['method']}, {policy['kept_step']:,} steps"
-        yield "KL, nats an answer", number(policy["end"]["kl"], 2)
-        yield "length, tokens", f"{number(policy['start']['length'], 1)} → {number(policy['end']['length'], 1)}"
+        yield "KL in training, nats an answer", number(policy["end"]["kl"], 2)
+        yield "length in training, tokens", _change(policy["start"]["length"], policy["end"]["length"])
+    if kl := evaluation.get("kl"):
+        yield "KL, held-out prompts", in_words(kl["k1"], 2)
+
+
+def _change(before: float, after: float) -> str:
+    return f"{number(before, 1)} → {number(after, 1)}"
 
 
 def _arrow(before: Values | None, after: Values | None) -> str:
