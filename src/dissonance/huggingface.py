@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -55,8 +56,11 @@ def resolve_source(name: str, role: str) -> Source:
         return Source(str(path), {})
     if path.exists() or name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ModelError(f"{role}: {name} is not a model: give a hub id, a folder with config.json, or a .gguf file")
-    if "/" in name and path.parent.is_dir():
-        raise ModelError(f"{role}: there is no {path.name} in the folder {path.parent}: give a folder with config.json")
+    if "/" in name and path.parent.is_dir() and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise ModelError(
+            f"{role}: there is no {path.name} in the folder {path.parent}: give a folder with config.json (for the "
+            f"hub's {name}, run `hf download {name}` first)"
+        )
     return Source(name, {})
 
 
