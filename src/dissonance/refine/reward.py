@@ -8,7 +8,7 @@ from the folder is what was trained, its head included.
 """
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def refine_reward_model(  # noqa: PLR0913
             raise DataError("there are no pairs to train on: give original or new ones")
         before = None if config.base else {name: measure(objective, encoded[name]) for name in MEASURED}
         if before is not None:
-            _check_orientation(objective, encoded, start)
+            _check_orientation(before, objective, encoded["original"], start)
         probe = Probe.of(objective.classifier, training.pairs)
         learned = fit(objective, config, training, held_out, seed, progress, trackers)
         probe = probe.check_trained(objective.classifier)
@@ -101,8 +101,8 @@ def refine_reward_model(  # noqa: PLR0913
         saved = loaded.model_copy(update={"model": str(folder), "adapter": None})
         refined = _objective(config, start, Classifier(saved))
         probe.check_same(refined.classifier)
-        _check_orientation(refined, encoded, start)
         after = {name: measure(refined, encoded[name]) for name in MEASURED}
+        _check_orientation(after, refined, encoded["original"], start)
     return {
         "kind": start.kind,
         "base": config.base,
@@ -126,7 +126,8 @@ def measure(objective: Objective, encoded: EncodedPairs) -> dict[str, Any] | Non
     """
     if not encoded:
         return None
-    chosen, rejected = (side.numpy() for side in objective.rewards(encoded))
+    rewards = objective.rewards(encoded)
+    chosen, rejected = (side.numpy() for side in rewards)
     decided = np.array([not pair.tie for pair in encoded.pairs])
     leads = (chosen - rejected)[decided]
     groups = [_group(pair) for pair in encoded.pairs]
@@ -134,7 +135,7 @@ def measure(objective: Objective, encoded: EncodedPairs) -> dict[str, Any] | Non
         "pairs": int(decided.sum()),
         "ties": int((~decided).sum()),
         "accuracy": accuracy(leads, [g for g, kept in zip(groups, decided, strict=True) if kept]),
-        "loss": objective.held_out_loss(encoded),
+        "loss": objective.held_out_loss(encoded, rewards),
         "mean_lead": float(leads.mean()) if len(leads) else None,
         "calibration": calibration(leads),
     }
@@ -190,13 +191,14 @@ def _share(original: EncodedPairs, new: EncodedPairs, new_weight: float | None) 
     return new_share(sums[0], sums[1], new_weight)
 
 
-def _check_orientation(objective: Objective, encoded: dict[str, EncodedPairs], start: RewardConfig) -> None:
+def _check_orientation(
+    measured: Mapping[str, Any], objective: Objective, original: EncodedPairs, start: RewardConfig
+) -> None:
     """Refuse a model that ranks what it learnt from worse than chance: its sign, or the pairs' sides, must be wrong.
 
     New pairs say nothing here: they may have been chosen because the model errs on them.
     """
-    known = encoded["held_out_original"] or encoded["original"].first(_CHECKED)
-    found = measure(objective, known)
+    found = measured["held_out_original"] or measure(objective, original.first(_CHECKED))
     if found and found["accuracy"] and found["accuracy"]["high"] < 0.5:
         other = "reward" if start.kind == "cost" else "cost"
         raise ModelError(

@@ -56,11 +56,14 @@ class Objective:
         chosen, rejected = (self.sign * values).chunk(2)
         return chosen, rejected
 
-    def held_out_loss(self, encoded: EncodedPairs) -> float:
-        """The weighted mean over held-out pairs of what each costs, without the margin and the batches' penalty."""
+    def held_out_loss(self, encoded: EncodedPairs, rewards: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
+        """The weighted mean over held-out pairs of what each costs, without the margin and the batches' penalty.
+
+        `rewards` are what `rewards` says of them, where they are known already.
+        """
         terms = LossTerms(safe_sign=self.terms.safe_sign)
         batch = pair_batch(columns(encoded.pairs, [(0, 0)] * len(encoded)))
-        losses = pair_loss(*self.rewards(encoded), batch, terms)
+        losses = pair_loss(*(rewards or self.rewards(encoded)), batch, terms)
         return float((batch.weight * losses).sum() / batch.weight.sum())
 
 
