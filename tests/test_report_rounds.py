@@ -192,6 +192,13 @@ def test_held_out_errors_go_before_asked_ones_and_the_last_round_counts() -> Non
     assert positions == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
 
 
+def test_one_band_alone_is_no_picture_of_errors() -> None:
+    first = a_round(0)
+    detection = first.evaluation["error_detection"]["held_out"]
+    few = {**detection, "pairs": 12, "bands": {name: bands[:1] for name, bands in detection["bands"].items()}}
+    assert "errors" not in figures_of(Round(evaluation={**first.evaluation, "error_detection": {"held_out": few}}))
+
+
 def test_categories_stand_by_gain() -> None:
     one = a_round(0)
     by_category = {

@@ -72,6 +72,8 @@ def error_figure(rounds: Sequence[Round]) -> Figure | None:
     if found is None:
         return None
     where, detection = found
+    if max(len(bands) for bands in detection["bands"].values()) < 2:  # too few pairs for a line
+        return None
     series = {
         "kendall_tau_distance": ("by conflict (K)", ORANGE),
         "reward_margin": ("by hesitation (reward margin)", GREY),
