@@ -1,6 +1,7 @@
 """The recipes: each can be checked as it stands, and the tiny twins run."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,16 @@ def test_no_prompt_is_in_two_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_can_be_checked(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    policy_folder: Path,
+    reward_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_data(tmp_path)
+    for name, model in (("base", policy_folder), ("reward_model", reward_folder)):  # of recipes/smollm2.md
+        shutil.copytree(model, tmp_path / "real" / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT)
     before = sorted(tmp_path.rglob("*"))
