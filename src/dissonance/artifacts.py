@@ -217,10 +217,10 @@ def matching_run(path: Path, command: str, settings: Mapping[str, Any], inputs: 
         if path.exists() and any(not p.name.startswith(".") for p in _listing(path)):
             raise RunError(f"{path} is not empty and is not a run folder: choose another --out")
         return None
-    if not _nothing_done(path):
-        _check_same(path, command, settings, inputs)
-        return Run(path)
-    return None
+    if _nothing_done(path):
+        return None
+    _check_same(path, command, settings, inputs)
+    return Run(path)
 
 
 def _nothing_done(path: Path) -> bool:

@@ -184,7 +184,6 @@ def _alone() -> None:
     through them takes longer than a step of training.
     """
     import torch
-    import trl  # noqa: F401
 
     import dissonance.loop
     import dissonance.refine.policy_trainers
