@@ -137,13 +137,13 @@ def arm_config(sandbox: Sandbox, arm: Arm) -> RunConfig:
                 "held_out_share": 0.02,
             },
             "refine": {
-                "reward": {"learning_rate": 3e-4, "max_original": 400, "evaluations": 2},
+                "reward": {"learning_rate": 3e-4, "max_original": 200, "evaluations": 1},
                 "policy": {
-                    "steps": 24,
+                    "steps": 12,
                     "prompts_per_step": 8,
-                    "learning_rate": 2e-4,
+                    "learning_rate": 4e-4,
                     "check_every": 12,
-                    "check_prompts": 24,
+                    "check_prompts": 16,
                 },
             },
             "evaluation": {
