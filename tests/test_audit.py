@@ -279,7 +279,7 @@ BAD_INPUT = {
     "a folder that cannot be made": ({"out": "/proc/out"}, "--out /proc/out"),
     "a negative seed": ({"seed": -1}, "seed"),
     "a template without a prompt": ({"template": "Question:"}, "{prompt}"),
-    "a reference without relative": ({"reference": "policy"}, "relative"),
+    "relative without a reference": ({"likelihood": "relative"}, "relative"),
     "no policy": ({"policy": ""}, "--policy: "),
     "no reward model": ({"reward-model": ""}, "--reward-model: "),
     "no prompts": ({"prompts": ""}, "--prompts: "),

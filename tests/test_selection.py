@@ -54,6 +54,7 @@ def make_pool(prompts) -> Pool:
         pacs=np.concatenate([z(r) - z(v) for r, v in zip(rewards, likelihoods, strict=True)]),
         text_codes=np.concatenate(codes).astype(int),
         member_rewards=np.stack([np.concatenate(rewards), 2 * np.concatenate(likelihoods)], axis=1).astype(float),
+        implicit_reward=np.concatenate(likelihoods).astype(float) % 3,
     )
 
 
@@ -109,6 +110,9 @@ def askable(pool, strategy):
     if strategy in ("kendall", "random_prompts"):
         chosen = proper if strategy == "kendall" else range(len(pool.prompt_ids))
         return sum(len(representatives(pool, p)) - 1 for p in chosen)
+    if strategy == "rso":
+        sizes = [len(representatives(pool, p)) for p in range(len(pool.prompt_ids))]
+        return sum(math.comb(max(2, size // 2), 2) for size in sizes if size > 1)
     if strategy == "discordant":
         return sum(opposed(pool, i, j) and not pool.degenerate[pool.prompt_of[i]] for i, j in all_pairs(pool))
     return len(all_pairs(pool))
@@ -132,7 +136,7 @@ def test_the_budget_is_spent_exactly_and_nothing_is_asked_twice(strategy, pool, 
         assert len({pool.text_codes[i] for i in rows}) == len(rows)
         if strategy in CONFLICT_DRIVEN:
             assert not pool.degenerate[pool.prompt_of[rows[0]]]
-    if not strategy.startswith("random") and strategy != "discordant":
+    if not strategy.startswith("random") and strategy not in ("discordant", "rso", "apl"):
         priorities = [q.priority for q in selection.queries]
         assert priorities == sorted(priorities, reverse=True)
     if strategy in ("shf_cas", "pacs"):
@@ -216,6 +220,39 @@ def test_the_ensemble_needs_an_ensemble():
 def test_an_ensemble_that_does_not_fit_is_refused(members, message):
     with pytest.raises(DataError, match=message):
         dataclasses.replace(random_pool(3, 3), member_rewards=members)
+
+
+@settings(deadline=None, max_examples=60)
+@given(pool=pools(), budget=st.integers(1, 40))
+def test_apl_goes_round_by_falling_gap_in_the_implicit_reward(pool, budget):
+    by_prompt = {}
+    for i, j in all_pairs(pool):
+        gap = abs(pool.implicit_reward[i] - pool.implicit_reward[j])
+        by_prompt.setdefault(pool.prompt_of[i], []).append(gap)
+    ranked = [(turn, -gap) for gaps in by_prompt.values() for turn, gap in enumerate(sorted(gaps, reverse=True))]
+    assert [q.priority for q in choose(pool, "apl", budget).queries] == [-low for _, low in sorted(ranked)[:budget]]
+
+
+def test_apl_does_not_hang_on_blocks_and_needs_a_reference(monkeypatch):
+    pool = random_pool(40, 5, n_texts=6)
+    whole = [q.priority for q in choose(pool, "apl", 60).queries]
+    monkeypatch.setattr("dissonance.selection.strategies._PAIRS_PER_BLOCK", 7)
+    assert [q.priority for q in choose(pool, "apl", 60).queries] == whole
+    with pytest.raises(SettingsError, match="needs what a reference model says"):
+        choose(dataclasses.replace(pool, implicit_reward=None), "apl", 2)
+    with pytest.raises(DataError, match="prompt 'p0' has an implicit_reward that is not a finite number"):
+        dataclasses.replace(pool, implicit_reward=np.full(200, np.nan))
+    with pytest.raises(DataError, match=r"implicit_reward has shape \(3,\), expected \(200,\)"):
+        dataclasses.replace(pool, implicit_reward=np.zeros(3))
+
+
+def test_rso_favours_what_is_rewarded_and_goes_round_the_prompts():
+    n = 8
+    pool = make_pool([(np.arange(n), np.arange(n), np.arange(n))] * 30)
+    kept = [i - n * pool.prompt_of[i] for q in choose(pool, "rso", 30).queries for i in flat(pool, q)]
+    assert np.mean(kept) > 5, "of rewards 0 to 7, whose mean is 3.5"
+    order = [q.prompt_id for q in choose(pool, "rso", 90).queries]
+    assert all(len(set(order[at : at + 30])) == 30 for at in (0, 30, 60)), "each prompt once before any again"
 
 
 def test_margin_does_not_hang_on_blocks(monkeypatch):
@@ -322,6 +359,8 @@ def test_reasons_are_for_people():
     assert reasons["discordant"].startswith("K = 1.00; reward prefers 100, policy 101; PACS ")
     assert reasons["kendall"] == "K = 1.00; all 3 answers"
     assert reasons["margin"] == "rewards only 1 apart"
+    assert reasons["apl"].startswith("implicit rewards ")
+    assert reasons["rso"] == "pair kept by rejection sampling on the reward"
     assert reasons["random_pairs"] == "pair drawn at random"
     assert reasons["random_prompts"] == "prompt drawn at random; all 3 answers"
 
@@ -334,7 +373,7 @@ def test_every_strategy_takes_a_hundred_thousand_prompts():
         tuple(map(str, range(n_prompts))), rng.random(n_prompts), np.zeros(n_prompts, bool),
         np.arange(0, n_prompts * n + 1, n),
         np.tile(np.arange(n), n_prompts), reward, likelihood, reward - likelihood, rng.integers(0, 20, n_prompts * n),
-        rng.normal(size=(n_prompts * n, 3)),
+        rng.normal(size=(n_prompts * n, 3)), rng.normal(size=n_prompts * n),
     )  # fmt: skip
     for strategy in STRATEGIES:
         assert choose(pool, strategy, 500).judgements == 500

@@ -14,11 +14,13 @@ PolicyMethod = Literal["rloo", "grpo", "dpo", "rso", "best_of_n"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A frozen part of the settings; unknown keys are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class PromptsConfig(_Section):
+class PromptsConfig(Section):
     """Where the prompts come from."""
 
     source: str = Field(min_length=1)
@@ -34,7 +36,7 @@ class PromptsConfig(_Section):
     """Draw so many at random."""
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """What loading any Hugging Face model needs."""
 
     model: str = Field(min_length=1)
@@ -70,7 +72,7 @@ class PolicyConfig(ModelConfig):
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(256, ge=1)
     reference: str | None = None
-    """The reference model of the `relative` likelihood."""
+    """The reference model of the `relative` likelihood, and of the strategy `apl`."""
 
 
 class RewardConfig(ModelConfig):
@@ -86,7 +88,7 @@ class RewardConfig(ModelConfig):
     """Tokens of a conversation that the model reads; by default as many as it can."""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """Before and after, on held-out prompts."""
 
     prompts: PromptsConfig | None = None
@@ -112,7 +114,7 @@ class EvaluationConfig(_Section):
     """Of the bootstrap."""
 
 
-class RewardTraining(_Section):
+class RewardTraining(Section):
     """How the reward model is refined."""
 
     base: str | None = None
@@ -146,13 +148,15 @@ class RewardTraining(_Section):
     """Bins of equally many answers, by length, for the length penalty."""
     max_left_out: float = Field(0.05, ge=0, le=1)
     """Share of the pairs that may be left out for being longer than the model reads; more is an error."""
+    may_overturn: bool = False
+    """Whether the refined model may rank original pairs worse than chance: where people contradict many of them."""
     evaluations: int = Field(8, ge=1)
     """How often the held-out pairs are evaluated during training; the best of these models is kept."""
     patience: int = Field(3, ge=0)
     """Stop after so many evaluations without a better held-out loss; 0 trains to the end."""
 
 
-class PolicyTraining(_Section):
+class PolicyTraining(Section):
     """How the policy is trained against the reward model."""
 
     method: PolicyMethod = "rloo"
@@ -226,7 +230,7 @@ class PolicyTraining(_Section):
         return self
 
 
-class AuditConfig(_Section):
+class AuditConfig(Section):
     """Everything that decides an audit's numbers."""
 
     prompts: PromptsConfig
@@ -237,13 +241,13 @@ class AuditConfig(_Section):
     seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
-    def _reference_goes_with_relative(self) -> Self:
-        if (self.likelihood == "relative") != (self.policy.reference is not None):
-            raise ValueError("likelihood relative and a reference model go together")
+    def _relative_needs_a_reference(self) -> Self:
+        if self.likelihood == "relative" and self.policy.reference is None:
+            raise ValueError("likelihood relative needs a reference model")
         return self
 
 
-class SelectionConfig(_Section):
+class SelectionConfig(Section):
     """What people are asked about in each round."""
 
     budget: int = Field(ge=1)
@@ -255,7 +259,7 @@ class SelectionConfig(_Section):
     """Least |PACS| of a completion, likewise."""
 
 
-class FeedbackConfig(_Section):
+class FeedbackConfig(Section):
     """Who answers, and what becomes of the answers."""
 
     annotator: Literal["people", "judge", "gold", "simulated"] = "people"
@@ -285,7 +289,7 @@ class FeedbackConfig(_Section):
         return self
 
 
-class PreferencesConfig(_Section):
+class PreferencesConfig(Section):
     """Preference pairs besides what is asked, in TRL's format: .jsonl, .jsonl.gz or .parquet."""
 
     original: str | None = None
@@ -299,7 +303,7 @@ class PreferencesConfig(_Section):
     """Share of the prompts whose pairs are held out: of those that people judged, and of `original`."""
 
 
-class RefineConfig(_Section):
+class RefineConfig(Section):
     """What is retrained."""
 
     reward: RewardTraining = RewardTraining()
@@ -307,7 +311,7 @@ class RefineConfig(_Section):
     """null: the policy stays as it is."""
 
 
-class RoundsConfig(_Section):
+class RoundsConfig(Section):
     """How often, and when it is enough."""
 
     most: int = Field(1, ge=1)
@@ -360,10 +364,10 @@ class RunConfig(RefiningConfig):
         return self
 
 
-Section = TypeVar("Section", bound=BaseModel)
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
-def parse_section(section: type[Section], values: dict[str, Any]) -> Section:
+def parse_section(section: type[Settings], values: dict[str, Any]) -> Settings:
     """Validate settings; the first thing that is wrong becomes a SettingsError of one line."""
     try:
         return section.model_validate(values)

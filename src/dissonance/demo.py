@@ -9,13 +9,10 @@
 All that ask spend the same budget, all train alike, and all are graded by the exact gold on held-out prompts.
 """
 
-import gc
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, replace
 from math import sqrt
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +21,7 @@ from scipy.stats import t as student
 
 from dissonance.artifacts import read_json, write_json
 from dissonance.config import RunConfig
+from dissonance.engine.local import worker_pool
 from dissonance.errors import SettingsError
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.report import write_comparison
@@ -80,7 +78,7 @@ def demo(out: Path | str, *, seeds: int = 3, seed: int = 0, progress: ProgressFa
     tasks, drawn = get_args(Task), range(seed, seed + seeds)
     with (
         progress("worlds and policies", len(tasks) * (1 + seeds * len(STRATEGIES)), "trainings") as advance,
-        ProcessPoolExecutor(_workers(), mp_context=get_context("spawn"), initializer=_alone) as pool,
+        worker_pool(len(tasks) * len(STRATEGIES)) as pool,
     ):
         # What follows each: on a world, the first arm of every seed; on that, the others, which share its audit.
         then = {pool.submit(_build, World(task=task, seed=seed)): _first_arms(task, seed, drawn) for task in tasks}
@@ -170,28 +168,6 @@ def seed_interval(values: Sequence[float]) -> dict[str, float | None]:
 def _is_shown(arm: Arm) -> bool:
     """Whether it gets a report of its own; the others can have one by `dissonance report`."""
     return arm.name == SHOWN and arm.seed == arm.world
-
-
-def _workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(len(get_args(Task)) * len(STRATEGIES), cores)
-
-
-def _alone() -> None:
-    """A process for each core, with a thread each: at this size a second thread costs more than it brings.
-
-    What the libraries hold for good is kept from the garbage collector: it is called whenever a model goes, and to walk
-    through them takes longer than a step of training.
-    """
-    import torch
-
-    import dissonance.loop
-    import dissonance.refine.policy_trainers
-    import dissonance.refine.reward  # noqa: F401
-
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
 
 
 def _build(world: World) -> None:

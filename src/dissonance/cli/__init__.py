@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from dissonance import __version__
-from dissonance.cli import conflicts, exchange, label, status
+from dissonance.cli import bench, conflicts, exchange, label, status
 from dissonance.cli import run as run_commands
 from dissonance.errors import DissonanceError, LabelsDue
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for module in (conflicts, label, exchange, run_commands, status):
+for module in (conflicts, label, exchange, run_commands, bench, status):
     app.add_typer(module.app)
 
 

@@ -28,7 +28,9 @@ def audit(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; log-likelihoods are without.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 256,
     likelihood: Annotated[Likelihood, typer.Option(help="sum (the paper's), mean (per token) or relative.")] = "sum",
-    reference: Annotated[str | None, typer.Option(help="Reference model, for --likelihood relative.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Reference model, for --likelihood relative and the strategy apl.")
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the policy.")] = None,
     template: Annotated[
         str, typer.Option(help="auto, chat, or a text such as 'Question: {prompt}\\n\\nAnswer:'.")

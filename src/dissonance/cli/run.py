@@ -1,23 +1,18 @@
 """The commands that retrain: run, refine, evaluate, demo."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from dissonance.cli.common import Json, Out, Quiet, RunFolder, StoreUrl, progress_of, say
+from dissonance.cli.common import Json, Out, Quiet, RunFolder, Set, StoreUrl, changed, progress_of, read_yaml, said, say
 from dissonance.config import RunConfig, parse_section
-from dissonance.errors import DataError, LabelsDue, SettingsError
+from dissonance.errors import LabelsDue, SettingsError
 
 app = typer.Typer()
 
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as refine.policy.steps=200; repeatable."),
-]
 RoundNumber = Annotated[int | None, typer.Option("--round", min=0, help="Which round; by default the latest.")]
 Sections = Annotated[Path | None, typer.Option("--config", help="Settings, YAML.")]
 
@@ -41,7 +36,7 @@ def run(
 
     Example: dissonance run config.yaml --out run
     """
-    given = _changed(_read(config), changes or ())
+    given = changed(read_yaml(config), changes or ())
     if store is not None:
         given["feedback"] = {**(given.get("feedback") or {}), "store": store}
     settings = parse_section(RunConfig, given)
@@ -82,7 +77,7 @@ def refine(
     """
     from dissonance.loop import refine as refine_run
 
-    sections = _changed({} if config is None else _read(config), changes or ())
+    sections = changed({} if config is None else read_yaml(config), changes or ())
     _only(sections, {"preferences", "feedback", "refine", "trackers"}, "refine")
     found = refine_run(run, sections, round_number=round_number, progress=progress_of(silent))
     folder = run / f"round-{found['round']:03d}"
@@ -108,7 +103,7 @@ def evaluate(
     from dissonance.loop import evaluate as evaluate_run
     from dissonance.loop import row
 
-    sections = _changed({} if config is None else _read(config), changes or ())
+    sections = changed({} if config is None else read_yaml(config), changes or ())
     _only(sections, {"evaluation"}, "evaluate")
     if "evaluation" not in sections:
         raise SettingsError("evaluate needs held-out prompts: --set evaluation.prompts.source=FILE")
@@ -135,41 +130,13 @@ def demo(
     for task, arms in summary["tasks"].items():
         lines += [f"{task:14}{'gold reward':26}{'reward accuracy':26}judgements"]
         for name, arm in arms.items():
-            gold, accuracy = (_said(arm[key]) for key in ("gold_reward", "reward_accuracy"))
+            gold, accuracy = (said(arm[key]) for key in ("gold_reward", "reward_accuracy"))
             lines.append(f"  {name:12}{gold:26}{accuracy:26}{arm['judgements']:.0f}")
     say(summary, as_json, [*lines, f"report: {out / 'report.html'}"])
 
 
 def _on_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path} holds no settings: write `name: value`, as docs/run.md shows")
-    return found
-
-
-def _changed(settings: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals or not all(parts := key.split(".")):
-            raise SettingsError(f"--set {change!r}: write KEY=VALUE, such as rounds.most=2")
-        section = settings
-        for part in parts[:-1]:
-            section[part] = dict(section.get(part) or {}) if isinstance(section.get(part) or {}, Mapping) else {}
-            section = section[part]
-        try:
-            section[parts[-1]] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise SettingsError(f"--set {change!r}: the value is no YAML") from error
-    return settings
 
 
 def _only(sections: Mapping[str, Any], allowed: set[str], command: str) -> None:
@@ -201,8 +168,8 @@ def _training_lines(found: Mapping[str, Any]) -> list[str]:
         for name in ("held_out_original", "held_out_new"):
             measured = reward[name]
             if measured["after"] is not None:
-                before = "" if measured["before"] is None else f"{_said(measured['before']['accuracy'])} -> "
-                lines.append(f"  accuracy, {name.replace('_', ' ')}: {before}{_said(measured['after']['accuracy'])}")
+                before = "" if measured["before"] is None else f"{said(measured['before']['accuracy'])} -> "
+                lines.append(f"  accuracy, {name.replace('_', ' ')}: {before}{said(measured['after']['accuracy'])}")
     if (policy := found.get("policy")) is not None:
         start, end = policy["start"], policy["end"]
         lines.append(
@@ -219,22 +186,15 @@ def _round_lines(number: int, one: Mapping[str, Any]) -> list[str]:
         f"round {number}: {one['judgements']:,} judgements, Kendall-tau distance {_number(one['kendall_tau_distance'])}"
     ]
     if one["gold_reward"] is not None:
-        lines.append(f"  gold reward: {_said(one['gold_reward_start'])} -> {_said(one['gold_reward'])}")
-        lines.append(f"  wins against the start policy: {_said(one['win_rate'])}")
+        lines.append(f"  gold reward: {said(one['gold_reward_start'])} -> {said(one['gold_reward'])}")
+        lines.append(f"  wins against the start policy: {said(one['win_rate'])}")
     if one["reward_accuracy"] is not None:
         lines.append(
-            f"  reward model's accuracy: {_said(one['reward_accuracy_start'])} -> {_said(one['reward_accuracy'])}"
+            f"  reward model's accuracy: {said(one['reward_accuracy_start'])} -> {said(one['reward_accuracy'])}"
         )
     if one["kl"] is not None:
-        lines.append(f"  KL from the start policy: {_said(one['kl'])} nats")
+        lines.append(f"  KL from the start policy: {said(one['kl'])} nats")
     return lines
-
-
-def _said(interval: Mapping[str, float | None] | None) -> str:
-    if interval is None:
-        return "unknown"
-    ends = "" if interval["low"] is None else f" ({interval['low']:.3f} to {interval['high']:.3f})"
-    return f"{interval['mean']:.3f}{ends}"
 
 
 def _number(value: float | None) -> str:

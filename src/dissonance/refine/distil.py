@@ -4,7 +4,6 @@
 token ids that the policy produced: text that is tokenised again may be other tokens, and has lost its end.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from dissonance.errors import DataError
 from dissonance.models import RewardModel
 from dissonance.records import Completion, Prompt
+from dissonance.rejection import pooled_deviation, rejection_sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,35 +104,6 @@ def rejection_pairs(candidates: Sequence[Candidates], keep: int, beta: float, rn
         kept = rng.permutation(rejection_sample(some.rewards / scale, keep, beta, rng))
         drawn += [(some, int(a), int(b)) for a, b in kept.reshape(-1, 2)]
     return _pairs(drawn)
-
-
-def rejection_sample(rewards: NDArray[np.float64], keep: int, beta: float, rng: np.random.Generator) -> list[int]:
-    """Draw `keep` of N answers without replacement by statistical rejection sampling; their positions.
-
-    Passes go over what is left, and accept each with probability exp((r - max r of what is left) / beta), until
-    enough are kept. The best of what is left is always accepted, so that every pass keeps at least one.
-
-    Args:
-        rewards: (N,), finite.
-        keep: at most N.
-        beta: above 0.
-        rng: one uniform per answer and pass.
-    """
-    kept: list[int] = []
-    left = list(range(len(rewards)))
-    while len(kept) < keep:
-        highest = max(rewards[i] for i in left)
-        accepted = [i for i in left if rng.random() < math.exp((rewards[i] - highest) / beta)]
-        kept += accepted[: keep - len(kept)]
-        left = [i for i in left if i not in accepted]
-    return kept
-
-
-def pooled_deviation(rewards: Sequence[NDArray[np.float64]]) -> float:
-    """The standard deviation of rewards within a prompt, pooled over the prompts; 1 where there is none."""
-    squares = sum(float(((some - some.mean()) ** 2).sum()) for some in rewards)
-    deviation = math.sqrt(squares / sum(len(some) for some in rewards))
-    return deviation if deviation > 0 else 1.0
 
 
 def _pairs(drawn: Sequence[tuple[Candidates, int, int]]) -> Pairs:

@@ -33,6 +33,8 @@ from dissonance.refine.training_set import EncodedPairs, encode_pairs
 MEASURED = ("new", "held_out_original", "held_out_new")
 """The sets that are measured before and after."""
 
+_OVERTURNED = "; if it was people who contradicted them, set may_overturn"
+
 _CHECKED = 512
 """Of the original pairs, so many are looked at before training."""
 
@@ -102,7 +104,8 @@ def refine_reward_model(  # noqa: PLR0913
         refined = _objective(config, start, Classifier(saved))
         probe.check_same(refined.classifier)
         after = {name: measure(refined, encoded[name]) for name in MEASURED}
-        _check_orientation(after, refined, encoded["original"], start)
+        if not config.may_overturn:
+            _check_orientation(after, refined, encoded["original"], start, _OVERTURNED)
     return {
         "kind": start.kind,
         "base": config.base,
@@ -192,7 +195,7 @@ def _share(original: EncodedPairs, new: EncodedPairs, new_weight: float | None) 
 
 
 def _check_orientation(
-    measured: Mapping[str, Any], objective: Objective, original: EncodedPairs, start: RewardConfig
+    measured: Mapping[str, Any], objective: Objective, original: EncodedPairs, start: RewardConfig, otherwise: str = ""
 ) -> None:
     """Refuse a model that ranks what it learnt from worse than chance: its sign, or the pairs' sides, must be wrong.
 
@@ -204,5 +207,5 @@ def _check_orientation(
         raise ModelError(
             f"reward model: {start.model}, read as a {start.kind} model, prefers the rejected answer in "
             f"{1 - found['accuracy']['mean']:.0%} of {found['pairs']:,} original pairs: set kind to {other}, or turn "
-            "the pairs round if chosen and rejected are swapped"
+            f"the pairs round if chosen and rejected are swapped{otherwise}"
         )

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from dissonance.errors import DataError
 from dissonance.likelihood import Likelihood, loglikelihood
 
+_RELATIVE = ("logprob", "ref_logprob")
+
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
@@ -53,6 +55,9 @@ class Pool:
 
     member_rewards: FloatArray | None = None
     """(R, K): the rewards of an ensemble's K >= 2 members, where there is one."""
+
+    implicit_reward: FloatArray | None = None
+    """(R,): log pi(y | x) - log pi_ref(y | x), nats, where there is a reference model: DPO's reward over its beta."""
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -96,6 +101,8 @@ class Pool:
         for name, length in (per_prompt | per_row).items():
             if getattr(self, name).shape != (length,):
                 raise DataError(f"pool: {name} has shape {getattr(self, name).shape}, expected ({length},)")
+        if self.implicit_reward is not None and self.implicit_reward.shape != (n_rows,):
+            raise DataError(f"pool: implicit_reward has shape {self.implicit_reward.shape}, expected ({n_rows},)")
         members = self.member_rewards
         if members is not None and (members.ndim != 2 or len(members) != n_rows or members.shape[1] < 2):
             raise DataError(f"pool: member_rewards has shape {members.shape}, expected ({n_rows}, 2 or more)")
@@ -114,6 +121,8 @@ class Pool:
             self._refuse_rows(
                 np.asarray(~np.isfinite(self.member_rewards).all(axis=1)), "has member_rewards that are no numbers"
             )
+        if self.implicit_reward is not None:
+            self._refuse_rows(~np.isfinite(self.implicit_reward), "has an implicit_reward that is not a finite number")
         order = np.lexsort((self.completion_ids, self.prompt_of))
         ids, prompts = self.completion_ids[order], self.prompt_of[order]
         repeated = np.zeros(len(order), dtype=bool)
@@ -153,7 +162,13 @@ def pool_from_tables(prompts: pa.Table, completions: pa.Table, likelihood: Likel
         pacs=_numbers(completions, "pacs", pa.float64())[order],
         text_codes=_text_codes(completions)[order],
         member_rewards=None if (members := _member_rewards(completions)) is None else members[order],
+        implicit_reward=loglikelihood(completions, "relative")[order] if _has_reference(completions) else None,
     )
+
+
+def _has_reference(completions: pa.Table) -> bool:
+    """Whether every completion has a log-likelihood under a reference model, and under the policy too."""
+    return all(name in completions.column_names and not completions[name].null_count for name in _RELATIVE)
 
 
 def _numbers(table: pa.Table, name: str, dtype: pa.DataType) -> NDArray[Any]:

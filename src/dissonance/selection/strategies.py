@@ -3,22 +3,26 @@
 All spend the same currency, judgements: 1 for a rating or a comparison, N-1 for a ranking of N. None exceeds the
 budget; each spends all of it if there is enough to ask. Ties are broken by `rng`, since an order by position would
 favour whatever stands first in the file. Degenerate prompts have no conflict, so that `shf_cas`, `discordant`,
-`pacs` and `kendall` leave them out; `random_prompts`, `random_pairs`, `margin` and `ensemble`, which measure no
-conflict, do not.
+`pacs` and `kendall` leave them out; the others, which measure no conflict, do not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dissonance.errors import SettingsError
 from dissonance.records import Query, QueryKind
+from dissonance.rejection import pooled_deviation, rejection_sample
 from dissonance.selection.pool import FloatArray, IntArray, Pool
 from dissonance.selection.thresholds import Thresholds
 
 Strategy = Callable[[Pool, int, Thresholds, np.random.Generator], Sequence[Query]]
 """What to ask within a budget of judgements; `Pool.answers` are the completions to choose among."""
+
+RSO_BETA = 0.5
+"""How soft `rso` is, in standard deviations of the reward within a prompt."""
 
 _PAIRS_PER_BLOCK = 1 << 20
 """Pairs held at once, so that memory does not grow with the pool."""
@@ -113,6 +117,53 @@ def random_pairs(pool: Pool, budget: int, _thresholds: Thresholds, rng: np.rando
     return [_comparison(pool, a, b, 0.0, "pair drawn at random") for a, b in chosen]
 
 
+def rso(pool: Pool, budget: int, _thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
+    """Compare pairs of the answers that statistical rejection sampling keeps: likely under the policy RL aims at.
+
+    Liu et al. 2023 (arXiv 2309.06657), algorithm 1, on rewards divided by their standard deviation within a prompt,
+    with beta `RSO_BETA`; half of a prompt's answers are kept, at least two. Prompts are drawn at random and give one
+    pair of those kept, drawn at random; once each has, another.
+    """
+    prompts = rng.permutation(np.flatnonzero(pool.n_answers > 1))[:budget]
+    answers = [pool.answers[pool.answer_offsets[p] : pool.answer_offsets[p + 1]] for p in prompts]
+    scale = pooled_deviation([pool.reward[some] for some in answers]) if answers else 1.0
+    drawn = []
+    for place, some in enumerate(answers):
+        kept = rejection_sample(pool.reward[some] / scale, max(2, len(some) // 2), RSO_BETA, rng)
+        of_prompt = list(combinations(sorted(some[kept].tolist()), 2))
+        drawn += [(turn, place, *of_prompt[k]) for turn, k in enumerate(rng.permutation(len(of_prompt)))]
+    return [
+        _comparison(pool, i, j, 0.0, "pair kept by rejection sampling on the reward")
+        for _, _, i, j in sorted(drawn)[:budget]
+    ]
+
+
+def apl(pool: Pool, budget: int, _thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
+    """Compare in each prompt the two answers with the largest gap in DPO's implicit reward, largest gap first.
+
+    Muldrew et al. 2024 (arXiv 2402.08114), equation 7, the preference model's certainty; the implicit reward is
+    log pi - log pi_ref, so that a policy which is its own reference has no preference, and the order is random. Once
+    every prompt was asked about, each gives its next-largest gap.
+    """
+    implicit = pool.implicit_reward
+    if implicit is None:
+        raise SettingsError(
+            "strategy 'apl' needs what a reference model says of the completions, the column ref_logprob of "
+            "completions.parquet: audit with --reference, or choose another strategy"
+        )
+    blocks = [np.empty((5, 0))]
+    for first, second in pairs(pool, np.arange(len(pool))):
+        gap, ties = np.abs(implicit[first] - implicit[second]), rng.random(len(first))
+        turn = _turns(pool.prompt_of[first], np.lexsort((ties, -gap, pool.prompt_of[first])))
+        block = np.stack((turn, -gap, ties, first, second))
+        blocks.append(block[:, np.lexsort(block[2::-1])[:budget]])
+    found = np.concatenate(blocks, axis=1)
+    asked = found[:, np.lexsort(found[2::-1])[:budget]]
+    return [
+        _comparison(pool, int(i), int(j), -low, f"implicit rewards {-low:.3g} apart") for _, low, _, i, j in asked.T
+    ]
+
+
 STRATEGIES: dict[str, Strategy] = {
     "shf_cas": shf_cas,
     "discordant": discordant,
@@ -122,6 +173,8 @@ STRATEGIES: dict[str, Strategy] = {
     "random_pairs": random_pairs,
     "margin": margin,
     "ensemble": ensemble,
+    "rso": rso,
+    "apl": apl,
 }
 
 
@@ -216,10 +269,16 @@ def _discordant_rounds(pool: Pool, prompts: IntArray, budget: int) -> tuple[IntA
     first, second = np.concatenate(blocks, axis=1)
     where = place[pool.prompt_of[first]]
     order = np.lexsort((-np.abs(pool.pacs[first] - pool.pacs[second]), where))
-    ordered = where[order]
-    turn = np.arange(len(order)) - np.searchsorted(ordered, ordered)
-    asked = order[np.lexsort((ordered, turn))[:budget]]
+    asked = np.lexsort((where, _turns(where, order)))[:budget]
     return first[asked], second[asked]
+
+
+def _turns(group: IntArray, order: IntArray) -> IntArray:
+    """The place 0, 1, ... of each item within its group, in this order, which is sorted by group first."""
+    turn = np.empty(len(order), dtype=np.int64)
+    ordered = group[order]
+    turn[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return turn
 
 
 def _comparison(pool: Pool, first: int, second: int, priority: float, reason: str) -> Query:

@@ -1,0 +1,254 @@
+"""All cells of a benchmark, in as many processes as there are cores, and what they come to.
+
+What is there already is not made again: a setting and a cell are named by all that decides them, so that a benchmark
+that was killed, or given more seeds, budgets or strategies, plays only what is new.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dissonance.artifacts import read_json, versions, write_json
+from dissonance.bench.cell import Cell, baseline, cells_of, play
+from dissonance.bench.config import BASELINE, BenchConfig, SeedSet
+from dissonance.bench.efficiency import efficiency_interval
+from dissonance.bench.setting import Place, make_setting, place
+from dissonance.engine.local import worker_pool
+from dissonance.errors import SettingsError
+from dissonance.evaluate.statistics import Bootstrap, FloatArray, Interval
+from dissonance.progress import ProgressFactory, quiet
+from dissonance.report.bench import write_bench_report
+
+MEASURES = ("gold_reward", "reward_accuracy")
+_MOST_WORKERS = 256
+
+
+def bench(
+    config: BenchConfig,
+    out: Path | str,
+    *,
+    seeds: SeedSet = "confirmation",
+    workers: int | None = None,
+    progress: ProgressFactory = quiet,
+) -> dict[str, Any]:
+    """Compare strategies at equal cost, and conflict as a predictor of the proxy's errors.
+
+    Args:
+        config: what is compared.
+        out: gets settings/, cells/, `summary.json` and `report.html`.
+        seeds: which of the config's sets.
+        workers: processes; by default one for each core.
+        progress: opens the progress of the settings and cells.
+
+    Returns:
+        `cells`, a row for each; `baselines`, of each setting before anybody was asked; `table`, means over seeds;
+        `label_efficiency` and `label_efficiency_accuracy`, by task and strategy; `paired`, differences to the
+        baseline; and `error_detection`, by task and metric, with `detection`, all that was measured of it.
+
+    Raises:
+        SettingsError: the config has no seeds of that set.
+    """
+    out = Path(out)
+    chosen = getattr(config.seeds, seeds)
+    if not chosen:
+        raise SettingsError(f"seeds.{seeds} is empty: name some, or take the other set")
+    places = [
+        place(config, task, name, seed, out) for seed in chosen for name in config.worlds for task in config.tasks
+    ]
+    _play_all(config, places, out, workers, progress)
+    summary = {"seeds": seeds, **summarise(config, places, out), "versions": versions()}
+    write_json(out / "summary.json", summary)
+    write_bench_report(out, summary)
+    return summary
+
+
+def plan(config: BenchConfig, out: Path, seeds: SeedSet = "confirmation") -> dict[str, Any]:
+    """What a benchmark would do: counts of settings and cells, and how many of them are there."""
+    chosen = getattr(config.seeds, seeds)
+    places = [
+        place(config, task, name, seed, out) for seed in chosen for name in config.worlds for task in config.tasks
+    ]
+    cells = [cell for here in places for cell in cells_of(config, here)]
+    return {
+        "seeds": list(chosen),
+        "settings": len(places),
+        "settings_made": sum(here.folder.is_dir() for here in places),
+        "cells": len(cells),
+        "cells_played": sum(cell.file(config, out).is_file() for cell in cells),
+    }
+
+
+def _play_all(
+    config: BenchConfig, places: Sequence[Place], out: Path, workers: int | None, progress: ProgressFactory
+) -> None:
+    """Make every setting; as each is done, play its cells, strategy by strategy."""
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    missing = {here: [c for c in cells_of(config, here) if not c.file(config, out).is_file()] for here in places}
+    places = [here for here in places if missing[here] or not (here.folder / "baseline.json").is_file()]
+    total = sum(1 + len(missing[here]) for here in places)
+    if not total:
+        return
+    with progress("worlds and cells", total, "cells") as advance, worker_pool(_MOST_WORKERS, workers) as pool:
+        then: dict[Future[None], tuple[int, list[list[Cell]]]] = {}
+        try:
+            for here in places:
+                groups = [list(group) for _, group in groupby(missing[here], key=lambda cell: cell.strategy)]
+                then[pool.submit(_make, here, config)] = (1, groups)
+            while then:
+                finished, _ = wait(then, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                    done, groups = then.pop(future)
+                    advance(done)
+                    for group in groups:
+                        then[pool.submit(_play, group, config, out)] = (len(group), [])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _make(here: Place, config: BenchConfig) -> None:
+    make_setting(here, config)
+    write_json(here.folder / "baseline.json", baseline(here))
+
+
+def _play(cells: Sequence[Cell], config: BenchConfig, out: Path) -> None:
+    for cell in cells:
+        write_json(cell.file(config, out), play(cell, config))
+
+
+def summarise(config: BenchConfig, places: Sequence[Place], out: Path) -> dict[str, Any]:
+    """What the cells come to."""
+    cells = [{**read_json(cell.file(config, out)), **cell.known} for here in places for cell in cells_of(config, here)]
+    baselines = [{**read_json(here.folder / "baseline.json"), **here.known} for here in places]
+    detection = _detection(places, config.replicates)
+    first = next(iter(config.worlds))
+    return {
+        "cells": cells,
+        "baselines": baselines,
+        "table": _table(cells, config.replicates),
+        "start": {
+            task: _means([row for row in baselines if row["task"] == task and row["world"] == first], config.replicates)
+            for task in config.tasks
+        },
+        **_against_baseline(config, cells),
+        "error_detection": {
+            task: {row["metric"]: {"auc": row["auc"]} for row in detection if _is_main(row, task, first)}
+            for task in config.tasks
+        },
+        "detection": detection,
+    }
+
+
+def _is_main(row: Mapping[str, Any], task: str, world: str) -> bool:
+    most = row["most"]
+    return (row["task"], row["world"], row["subset"], row["level"]) == (task, world, "all", "pair") and most
+
+
+def _bootstrap(count: int, replicates: int) -> Bootstrap:
+    return Bootstrap(np.arange(count), replicates, seed=0)
+
+
+def _interval(values: Iterable[float | None], replicates: int) -> Interval | None:
+    """Mean over seeds with its interval; None where nothing was measured."""
+    known = [value for value in values if value is not None]
+    return _bootstrap(len(known), replicates).mean(known) if known else None
+
+
+def _means(rows: Sequence[Mapping[str, Any]], replicates: int) -> dict[str, Any]:
+    names = (*MEASURES, "gold_reward_start", "gold_reward_best")
+    return {name: _interval([row[name] for row in rows], replicates) for name in names}
+
+
+def _table(cells: Sequence[Mapping[str, Any]], replicates: int) -> list[dict[str, Any]]:
+    """Mean over seeds of every task, feedback, strategy and budget."""
+    keys = ("task", "feedback", "strategy", "budget")
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for cell in cells:
+        groups[tuple(cell[key] for key in keys)].append(cell)
+    measures = ("judgements", "pairs", *MEASURES, "shared_ignorance_share", "policy_gold_reward")
+    return [
+        {
+            **dict(zip(keys, known, strict=True)),
+            "seeds": len(rows),
+            **{name: _interval([row[name] for row in rows], replicates) for name in measures},
+        }
+        for known, rows in groups.items()
+    ]
+
+
+def _against_baseline(config: BenchConfig, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Label efficiency by either measure, and differences to the baseline seed by seed; of the first feedback."""
+    first = next(iter(config.feedback))
+    budgets = sorted(config.budgets)
+    found: dict[str, Any] = {"label_efficiency": {}, "label_efficiency_accuracy": {}, "paired": {}}
+    if BASELINE not in config.strategies or len(budgets) < 2:
+        return found
+    for task in config.tasks:
+        of_task = [cell for cell in cells if cell["task"] == task and cell["feedback"] == first]
+        curves = {
+            name: {measure: _curves(of_task, name, measure, budgets) for measure in MEASURES}
+            for name in config.strategies
+        }
+        if any(array is None for of in curves.values() for array in of.values()):
+            continue
+        base = curves[BASELINE]
+        bootstrap = _bootstrap(len(base[MEASURES[0]]), config.replicates)
+        for key, measure in zip(("label_efficiency", "label_efficiency_accuracy"), MEASURES, strict=True):
+            found[key][task] = {
+                name: efficiency_interval(budgets, base[measure], of[measure], bootstrap)
+                for name, of in curves.items()
+                if name != BASELINE
+            }
+        found["paired"][task] = {
+            name: {
+                measure: {
+                    str(budget): bootstrap.mean(of[measure][:, k] - base[measure][:, k])
+                    for k, budget in enumerate(budgets)
+                }
+                for measure in MEASURES
+            }
+            for name, of in curves.items()
+            if name != BASELINE
+        }
+    return found
+
+
+def _curves(cells: Sequence[Mapping[str, Any]], strategy: str, measure: str, budgets: Sequence[int]) -> Any:
+    """(S, K) by seed and budget; None where a cell is not part of the benchmark."""
+    values = {(cell["seed"], cell["budget"]): cell[measure] for cell in cells if cell["strategy"] == strategy}
+    seeds = sorted({seed for seed, _ in values})
+    if not seeds or len(values) < len(seeds) * len(budgets):
+        return None
+    array: FloatArray = np.array([[values[seed, budget] for budget in budgets] for seed in seeds])
+    return array
+
+
+def _detection(places: Sequence[Place], replicates: int) -> list[dict[str, Any]]:
+    """Means over seeds of every measure of error detection."""
+    keys = ("subset", "n", "level", "metric")
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    bands: dict[tuple[str, str, str], list[list[float]]] = defaultdict(list)
+    most: dict[tuple[str, str], int] = {}
+    for here in places:
+        found = read_json(here.folder / "detection.json")
+        for row in found["rows"]:
+            groups[here.task, here.name, *(row[key] for key in keys)].append(row)
+            most[here.task, here.name] = max(most.get((here.task, here.name), 0), row["n"])
+        for metric, rates in found["bands"].items():
+            bands[here.task, here.name, metric].append(rates)
+    rows = []
+    for (task, world, subset, n, level, metric), of in groups.items():
+        is_most = n == most[task, world]
+        named = {"task": task, "world": world, "subset": subset, "n": n, "level": level, "metric": metric}
+        measured = {key: _interval([row[key] for row in of], replicates) for key in ("auc", "correlation", "error")}
+        row = {**named, "most": is_most, **measured}
+        if is_most and subset == "all" and level == "pair":
+            row["deciles"] = np.mean(bands[task, world, metric], axis=0).tolist()
+        rows.append(row)
+    return rows

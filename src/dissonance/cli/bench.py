@@ -1,0 +1,71 @@
+"""The command that compares strategies at equal cost."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dissonance.cli.common import Json, Quiet, Set, changed, progress_of, read_yaml, said, say
+from dissonance.config import parse_section
+
+app = typer.Typer()
+
+Development = Annotated[
+    bool, typer.Option("--development", help="Take the config's development seeds instead of its confirmation seeds.")
+]
+
+
+@app.command()
+def bench(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Settings, YAML.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where to; by default CONFIG without .yaml.")] = None,
+    changes: Set = None,
+    development: Development = False,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes; by default one for each core.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the settings, say what would be done.")] = False,
+    as_json: Json = False,
+    silent: Quiet = False,
+) -> None:
+    """Compare strategies at equal cost, in worlds whose gold is known. Goes on where it was.
+
+    Example: dissonance bench benchmarks/label_efficiency.yaml --out efficiency
+    """
+    from dissonance import bench as benchmark  # its worlds take PyTorch a while to load
+
+    settings = parse_section(benchmark.BenchConfig, changed(read_yaml(config), changes or ()))
+    out = out or config.with_suffix("")
+    seeds: Any = "development" if development else "confirmation"
+    if dry_run:
+        planned = benchmark.plan(settings, out, seeds)
+        say(planned, as_json, _plan_lines(planned))
+        return
+    found = benchmark.bench(settings, out, seeds=seeds, workers=workers, progress=progress_of(silent))
+    say(found, as_json, [*_lines(found), f"report: {out / 'report.html'}"])
+
+
+def _plan_lines(planned: Mapping[str, Any]) -> list[str]:
+    return [
+        f"seeds: {', '.join(map(str, planned['seeds']))}",
+        f"settings: {planned['settings']:,}, of which {planned['settings_made']:,} are there",
+        f"cells: {planned['cells']:,}, of which {planned['cells_played']:,} are there",
+        "nothing was written",
+    ]
+
+
+def _lines(found: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for task, start in found["start"].items():
+        lines.append(f"{task}: gold reward {said(start['gold_reward_start'])} of a sampled answer")
+        lines.append(f"  nobody asked{'':23}{said(start['gold_reward']):26}{said(start['reward_accuracy'])}")
+        for row in found["table"]:
+            if row["task"] == task:
+                name = f"{row['strategy']}, {row['feedback']}"
+                lines.append(
+                    f"  {name:28}{row['budget']:6,} {said(row['gold_reward']):26}{said(row['reward_accuracy'])}"
+                )
+        for name, interval in found["label_efficiency"].get(task, {}).items():
+            lines.append(f"  a label by {name} is worth {said(interval)} of random_pairs")
+        for metric, one in found["error_detection"].get(task, {}).items():
+            lines.append(f"  AUC of {metric} for the proxy's errors: {said(one['auc'])}")
+    return lines

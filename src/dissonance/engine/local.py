@@ -1,0 +1,46 @@
+"""Processes of this machine for many small trainings: one for each core, with one thread each."""
+
+import gc
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from dissonance.errors import SettingsError
+
+
+def worker_pool(most: int, workers: int | None = None) -> ProcessPoolExecutor:
+    """Processes for at most so many tasks at once.
+
+    Args:
+        most: more than this are of no use.
+        workers: how many; by default one for each core that this process may use.
+
+    Raises:
+        SettingsError: fewer than one.
+    """
+    if workers is not None and workers < 1:
+        raise SettingsError(f"workers is {workers}: give at least 1")
+    count = min(most, cores() if workers is None else workers)
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_alone)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _alone() -> None:
+    """A thread for each process: at the size of tiny models a second one costs more than it brings.
+
+    What the libraries hold for good is kept from the garbage collector: it is called whenever a model goes, and to walk
+    through them takes longer than a step of training.
+    """
+    import torch
+
+    import dissonance.loop
+    import dissonance.refine.policy_trainers
+    import dissonance.refine.reward  # noqa: F401
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,175 @@
+"""Strategies side by side: learning curves with bands, what a label is worth, and what predicts the proxy's errors."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+
+from dissonance.artifacts import atomic_path
+from dissonance.report.charts import BLUE, GREY, INK, ORANGE, spec
+from dissonance.report.figures import Figure
+from dissonance.report.headline import percent
+from dissonance.report.page import render_page
+from dissonance.report.round_charts import known_ends
+from dissonance.report.round_parts import Values, in_words
+
+_ROW_HEIGHT = 26
+_BASELINE = "random_pairs"
+_MEASURES = {"gold_reward": "gold reward, best of n", "reward_accuracy": "reward model’s accuracy"}
+
+
+def write_bench_report(out: Path, summary: Mapping[str, Any]) -> Path:
+    """Write `report.html` beside a benchmark's `summary.json`, atomically, and return its path."""
+    figures = [*_curves(summary), *_efficiencies(summary), *_detections(summary)]
+    html = render_page(
+        "bench.html",
+        figures={figure.name: figure for figure in figures},
+        tables=_tables(summary),
+        seeds=sorted({row["seed"] for row in summary["baselines"]}),
+        seed_set=summary["seeds"],
+    )
+    path = out / "report.html"
+    with atomic_path(path) as temporary:
+        temporary.write_text(html, encoding="utf-8", newline="\n")
+    return path
+
+
+def _first_feedback(summary: Mapping[str, Any]) -> str | None:
+    return summary["table"][0]["feedback"] if summary["table"] else None
+
+
+def _curves(summary: Mapping[str, Any]) -> Iterator[Figure]:
+    """A learning curve of each strategy, before the baseline's, by task and measure."""
+    feedback = _first_feedback(summary)
+    of_first = [row for row in summary["table"] if row["feedback"] == feedback]
+    for task in dict.fromkeys(row["task"] for row in of_first):
+        for measure, title in _MEASURES.items():
+            rows = [_point(row, measure) for row in of_first if row["task"] == task]
+            start = summary["start"][task][measure]["mean"]
+            ends = [row for row in rows if row["budget"] == max(r["budget"] for r in rows)]
+            said = "; ".join(f"{row['strategy']} {in_words(row, 3)}" for row in ends)
+            yield Figure(
+                name=f"curves-{measure}-{task}",
+                title=f"{task.capitalize()}: {title}",
+                caption="Mean over the seeds with 95 % intervals, by judgements; orange is the strategy of the panel."
+                f" Grey: {_BASELINE}. The dashed line is the proxy before anybody was asked.",
+                description=f"{task}, {title}, at the largest budget: {said}.",
+                spec=_curve_chart(rows, title, start),
+            )
+
+
+def _point(row: Values, measure: str) -> dict[str, Any]:
+    return {"strategy": row["strategy"], "budget": row["budget"], **row[measure]}
+
+
+def _curve_chart(rows: Sequence[dict[str, Any]], title: str, start: float) -> dict[str, Any]:
+    names = [name for name in dict.fromkeys(row["strategy"] for row in rows) if name != _BASELINE] or [_BASELINE]
+    own = [{**row, "panel": row["strategy"], "series": row["strategy"]} for row in rows if row["strategy"] in names]
+    baseline = [
+        {**row, "panel": name, "series": _BASELINE} for name in names for row in rows if row["strategy"] == _BASELINE
+    ]
+    points = [{**row, "kind": "own"} for row in own] + [{**row, "kind": "baseline"} for row in baseline]
+    x = alt.X("budget:Q", title="judgements", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(tickCount=4))
+    y = alt.Y("mean:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5))
+    scale = alt.Scale(domain=["own", "baseline"], range=[ORANGE, GREY])
+    colour = alt.Color("kind:N", scale=scale, legend=None)
+    base = alt.Chart(alt.NamedData("points"))
+    tooltip = [
+        alt.Tooltip("series:N", title="strategy"),
+        alt.Tooltip("budget:Q", title="judgements", format=","),
+        *(
+            alt.Tooltip(f"{key}:Q", title=title if key == "mean" else key, format=".3f")
+            for key in ("mean", "low", "high")
+        ),
+    ]
+    band = base.transform_filter("isValid(datum.low)").mark_area(opacity=0.18, tooltip=None)
+    layers = known_ends(
+        points,
+        band.encode(
+            x=x, y=alt.Y("low:Q", title=None, scale=alt.Scale(zero=False)), y2="high:Q", color=colour, detail="kind:N"
+        ),
+        base.mark_line(strokeWidth=1.8, tooltip=None).encode(x=x, y=y, color=colour, detail="kind:N"),
+    )
+    across = base.mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None).encode(y=alt.Y("start:Q"))
+    dots = base.mark_circle(size=36, opacity=0.9).encode(x=x, y=y, color=colour, tooltip=tooltip)
+    panels = alt.layer(across, *layers, dots).properties(width=190, height=150)
+    chart = panels.facet(facet=alt.Facet("panel:N", title=None, sort=names), columns=3)
+    return spec(chart, 150, points=[{**row, "start": start} for row in points])
+
+
+def _efficiencies(summary: Mapping[str, Any]) -> Iterator[Figure]:
+    for task, found in summary["label_efficiency"].items():
+        rows = [{"what": name, **interval} for name, interval in found.items() if interval is not None]
+        if not rows:
+            continue
+        said = "; ".join(f"{row['what']} {in_words(row, 2)}" for row in rows)
+        yield Figure(
+            name=f"efficiency-{task}",
+            title=f"{task.capitalize()}: what a label is worth",
+            caption=f"How many judgements {_BASELINE} needs for each judgement of the strategy, for the same gold"
+            " reward, with 95 % intervals over the seeds. 1 is no better than chance; a value at the edge of the"
+            " range of budgets is a bound.",
+            description=f"Label efficiency, {task}: {said}.",
+            spec=_interval_chart(rows, "judgements of random pairs that one is worth", 1.0, log=True),
+        )
+
+
+def _detections(summary: Mapping[str, Any]) -> Iterator[Figure]:
+    for task, found in summary["error_detection"].items():
+        rows = [{"what": name, **one["auc"]} for name, one in found.items() if one["auc"] is not None]
+        rows.sort(key=lambda row: -row["mean"])
+        if rows:
+            best = ", ".join(f"{row['what']} {in_words(row, 2)}" for row in rows[:3])
+            yield Figure(
+                name=f"detection-{task}",
+                title=f"{task.capitalize()}: what predicts the proxy’s errors",
+                caption="Area under the ROC curve of each measure for the proxy’s error on a pair of answers, with 95 %"
+                " intervals over the seeds; ½ is chance.",
+                description=f"Error detection, {task}: {best}.",
+                spec=_interval_chart(rows, "AUC", 0.5),
+            )
+
+
+def _interval_chart(
+    rows: Sequence[dict[str, Any]], title: str, reference: float, *, log: bool = False
+) -> dict[str, Any]:
+    scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
+    base = alt.Chart(alt.NamedData("rows"))
+    y = alt.Y("what:N", title=None, sort=[row["what"] for row in rows], axis=alt.Axis(labelLimit=300))
+    x = alt.X("mean:Q", title=title, scale=scale, axis=alt.Axis(tickCount=6))
+    tooltip = [
+        alt.Tooltip("what:N", title="by"),
+        *(alt.Tooltip(f"{key}:Q", format=".3f") for key in ("mean", "low", "high")),
+    ]
+    interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5, opacity=0.55, stroke=BLUE)
+    layers = known_ends(
+        list(rows),
+        interval.encode(y=y, x="low:Q", x2="high:Q", tooltip=tooltip),
+        base.mark_circle(size=70, opacity=1, fill=BLUE).encode(y=y, x=x, tooltip=tooltip),
+    )
+    across = alt.Chart(alt.NamedData("reference")).mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None)
+    return spec(
+        alt.layer(across.encode(x="x:Q"), *layers),
+        _ROW_HEIGHT * len(rows),
+        rows=list(rows),
+        reference=[{"x": reference}],
+    )
+
+
+def _tables(summary: Mapping[str, Any]) -> dict[str, list[tuple[str, ...]]]:
+    """By task, a row for each strategy, budget and kind of feedback."""
+    tables: dict[str, list[tuple[str, ...]]] = {}
+    for row in summary["table"]:
+        tables.setdefault(row["task"], []).append(
+            (
+                row["strategy"],
+                row["feedback"],
+                f"{row['budget']:,}",
+                in_words(row["gold_reward"], 3),
+                in_words(row["reward_accuracy"], 3),
+                "" if row["policy_gold_reward"] is None else in_words(row["policy_gold_reward"], 3),
+                "" if row["shared_ignorance_share"] is None else percent(row["shared_ignorance_share"]["mean"]),
+            )
+        )
+    return tables
