@@ -23,6 +23,7 @@ from dissonance.artifacts import (
     write_json,
     write_table,
 )
+from dissonance.callables import function_source
 from dissonance.config import AuditConfig, ModelConfig, RewardConfig, RewardKind, SelectionConfig
 from dissonance.errors import DataError, InputError, RunError, SettingsError
 from dissonance.models import Policy, ReferenceModel
@@ -225,8 +226,6 @@ def model_inputs(name: str, section: ModelConfig) -> dict[str, str]:
 
 def reward_source(name: str) -> str:
     """The file of a callable; else the name itself."""
-    from dissonance.rewards import function_source
-
     return str(function_source(name) or name) if ":" in name else name
 
 

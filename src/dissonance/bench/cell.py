@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dissonance.artifacts import fingerprint
+from dissonance.artifacts import fingerprint, source_fingerprint
 from dissonance.bench.config import BenchConfig, FeedbackKind, PolicyCells, StrategyConfig
 from dissonance.bench.setting import MAX_NEW_TOKENS, Answers, Place, Setting, load_setting, proxy
+from dissonance.callables import function_source, import_callable
 from dissonance.config import PolicyConfig, RewardConfig, RewardTraining
 from dissonance.evaluate.detection import correctness, ordered_pairs
 from dissonance.feedback.aggregate import aggregate
@@ -58,12 +59,19 @@ class Cell:
         decides = {
             "setting": self.here.folder.name,
             "strategy": {**strategy.model_dump(), "strategy": strategy.strategy or self.strategy},
+            "callable": _source(strategy),
             "feedback": feedback.model_dump(exclude={"strategies", "budgets"}),
             "budget": self.budget,
             "reward": config.reward.model_dump(),
             "policy": policy and policy.training.model_dump(),
         }
         return out / "cells" / f"{fingerprint(decides)[:24]}.json"
+
+
+def _source(strategy: StrategyConfig) -> str | None:
+    """What is in the file of a strategy that is a callable, so that one that was edited is another."""
+    file = function_source(strategy.strategy) if strategy.strategy and ":" in strategy.strategy else None
+    return None if file is None else source_fingerprint(str(file))
 
 
 def cells_of(config: BenchConfig, here: Place) -> list[Cell]:
@@ -124,7 +132,9 @@ def choose(
     tau = None if strategy.tau is None else parse_threshold(str(strategy.tau), "tau")
     delta = None if strategy.delta is None else parse_threshold(str(strategy.delta), "delta")
     rng = np.random.default_rng([seed, budget])
-    selection = select(pool, strategy.strategy or name, budget=affordable, rng=rng, tau=tau, delta=delta)
+    named = strategy.strategy or name
+    ask = import_callable(named, "strategy") if ":" in named else named
+    selection = select(pool, ask, budget=affordable, rng=rng, tau=tau, delta=delta)
     queries = list(selection.queries)
     return _as_ratings(pool, queries, affordable) if feedback.ask == "ratings" else queries
 

@@ -53,7 +53,7 @@ class StrategyConfig(Section):
     """One way to choose what is asked."""
 
     strategy: str | None = None
-    """Which; by default what it is called here."""
+    """Which: a built-in, or `module:callable`; by default what it is called here."""
     likelihood: Likelihood = "sum"
     """What conflict is measured with."""
     tau: float | str | None = None

@@ -6,10 +6,10 @@ function.py  any Python callable, `module:callable`
 
 from dissonance.config import RewardConfig
 from dissonance.models import RewardModel
-from dissonance.rewards.function import FunctionRewardModel, function_source
+from dissonance.rewards.function import FunctionRewardModel
 from dissonance.rewards.hf import HFRewardModel
 
-__all__ = ["FunctionRewardModel", "HFRewardModel", "function_source", "load_reward_model"]
+__all__ = ["FunctionRewardModel", "HFRewardModel", "load_reward_model"]
 
 
 def load_reward_model(config: RewardConfig) -> RewardModel:

@@ -1,32 +1,14 @@
 """Any Python callable as a reward model."""
 
-import importlib
-import importlib.util
 import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 
+from dissonance.callables import import_callable
 from dissonance.config import RewardConfig
 from dissonance.errors import DataError, ModelError
 from dissonance.records import Message, Reward
-
-
-def function_source(name: str) -> Path | None:
-    """The file that `module:callable` is in, to know it again after it was edited; None where there is no file."""
-    _search_here()
-    try:
-        spec = importlib.util.find_spec(name.partition(":")[0])
-    except (ImportError, ValueError, AttributeError):
-        return None
-    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
-
-
-def _search_here() -> None:
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # last, so that a file here shadows no installed package
 
 
 class FunctionRewardModel:
@@ -40,16 +22,7 @@ class FunctionRewardModel:
 
     def __init__(self, config: RewardConfig) -> None:
         self._name, self._sign = config.model, -1.0 if config.kind == "cost" else 1.0
-        module_name, _, attribute = config.model.partition(":")
-        _search_here()
-        try:
-            with redirect_stdout(sys.stderr):  # stdout is for what was asked of the command
-                function = getattr(importlib.import_module(module_name), attribute)
-        except Exception as error:  # whatever the user's module raises
-            raise ModelError(f"reward model: {config.model} cannot be imported: {error!r}") from error
-        if not callable(function):
-            raise ModelError(f"reward model: {config.model} is a {type(function).__name__}, not a callable")
-        self._function = function
+        self._function = import_callable(config.model, "reward model")
 
     def score(self, conversations: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[Reward]:
         """One reward per completion.
