@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from dissonance.config import PolicyTraining, RewardTraining, Section
 from dissonance.likelihood import Likelihood
 from dissonance.sandbox import Task
+from dissonance.selection import STRATEGIES, parse_threshold
 
 SeedSet = Literal["development", "confirmation"]
 BASELINE = "random_pairs"
@@ -20,6 +21,8 @@ class WorldConfig(Section):
     label_noise: float = Field(0.05, ge=0, le=0.5)
     bias: float = Field(0.0, ge=0, le=1)
     length_bonus: float = Field(0.0, ge=-1, le=1)
+    n_demonstrations: int = Field(6_000, ge=1)
+    n_pairs: int = Field(8_000, ge=1)
 
 
 class SeedsConfig(Section):
@@ -109,6 +112,17 @@ class BenchConfig(Section):
     policy: PolicyCells | None = None
     replicates: int = Field(4000, ge=200)
     """Of the bootstrap over seeds."""
+
+    @model_validator(mode="after")
+    def _strategies_exist(self) -> Self:
+        for name, of in self.strategies.items():
+            if (named := of.strategy or name) not in STRATEGIES and ":" not in named:
+                known = ", ".join(STRATEGIES)
+                raise ValueError(f"strategies.{name}: there is no strategy {named!r}: use {known}, or module:callable")
+            for bound in ("tau", "delta"):
+                if (value := getattr(of, bound)) is not None:
+                    parse_threshold(str(value), bound)
+        return self
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:

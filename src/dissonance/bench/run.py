@@ -18,6 +18,7 @@ from dissonance.bench.cell import Cell, baseline, cells_of, play
 from dissonance.bench.config import BASELINE, BenchConfig, SeedSet
 from dissonance.bench.efficiency import efficiency_interval
 from dissonance.bench.setting import Place, make_setting, place
+from dissonance.callables import import_callable
 from dissonance.engine.local import worker_pool
 from dissonance.errors import SettingsError
 from dissonance.evaluate.statistics import Bootstrap, FloatArray, Interval
@@ -54,12 +55,7 @@ def bench(
         SettingsError: the config has no seeds of that set.
     """
     out = Path(out)
-    chosen = getattr(config.seeds, seeds)
-    if not chosen:
-        raise SettingsError(f"seeds.{seeds} is empty: name some, or take the other set")
-    places = [
-        place(config, task, name, seed, out) for seed in chosen for name in config.worlds for task in config.tasks
-    ]
+    places = _places(config, out, seeds)
     _play_all(config, places, out, workers, progress)
     summary = {"seeds": seeds, **summarise(config, places, out), "versions": versions()}
     write_json(out / "summary.json", summary)
@@ -69,18 +65,26 @@ def bench(
 
 def plan(config: BenchConfig, out: Path, seeds: SeedSet = "confirmation") -> dict[str, Any]:
     """What a benchmark would do: counts of settings and cells, and how many of them are there."""
-    chosen = getattr(config.seeds, seeds)
-    places = [
-        place(config, task, name, seed, out) for seed in chosen for name in config.worlds for task in config.tasks
-    ]
+    places = _places(config, out, seeds)
     cells = [cell for here in places for cell in cells_of(config, here)]
     return {
-        "seeds": list(chosen),
+        "seeds": sorted({here.seed for here in places}),
         "settings": len(places),
         "settings_made": sum(here.folder.is_dir() for here in places),
         "cells": len(cells),
         "cells_played": sum(cell.file(config, out).is_file() for cell in cells),
     }
+
+
+def _places(config: BenchConfig, out: Path, seeds: SeedSet) -> list[Place]:
+    """Every setting, seed by seed, if the config can be played."""
+    chosen = getattr(config.seeds, seeds)
+    if not chosen:
+        raise SettingsError(f"seeds.{seeds} is empty: name some, or take the other set")
+    for of in config.strategies.values():
+        if of.strategy and ":" in of.strategy:
+            import_callable(of.strategy, "strategy")
+    return [place(config, task, name, seed, out) for seed in chosen for name in config.worlds for task in config.tasks]
 
 
 def _play_all(

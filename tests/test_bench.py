@@ -1,0 +1,367 @@
+"""The benchmark: curves and their distance, detection against plain loops, and whole commands on tiny worlds."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from playwright.sync_api import Browser
+from scipy.stats import mannwhitneyu
+
+from dissonance import cli
+from dissonance.bench import BenchConfig, bench
+from dissonance.bench.cell import Cell, cells_of, choose, grade
+from dissonance.bench.config import FeedbackKind, StrategyConfig
+from dissonance.bench.efficiency import efficiency, efficiency_interval
+from dissonance.bench.run import summarise
+from dissonance.bench.setting import load_setting, place
+from dissonance.config import parse_section
+from dissonance.errors import ModelError, SettingsError
+from dissonance.evaluate.statistics import Bootstrap
+from dissonance.sandbox import cell as cell_of
+from dissonance.sandbox import gold_reward
+from test_report import browser, opened  # noqa: F401
+
+SMALL = {"n_demonstrations": 200, "n_pairs": 200, "bias": 1.0}
+TINY = {
+    "tasks": ["helpfulness", "safety"],
+    "worlds": {"biased": SMALL, "even": {**SMALL, "bias": 0.0}},
+    "seeds": {"development": [7], "confirmation": [0, 1]},
+    "pool": {"prompts": 24, "n": 4},
+    "held_out": {"prompts": 10, "n": 4},
+    "strategies": {
+        "random_pairs": {},
+        "shf_cas": {},
+        "discordant_mean": {"strategy": "discordant", "likelihood": "mean"},
+        "ensemble": {},
+        "apl": {},
+    },
+    "budgets": [6, 12],
+    "feedback": {
+        "comparisons": {},
+        "ratings": {"ask": "ratings", "strategies": ["random_pairs"], "budgets": [12]},
+        "noisy": {"flip": 0.3, "overlap": 3, "method": "dawid_skene", "strategies": ["random_pairs"]},
+    },
+    "reward": {"learning_rate": 1e-3, "max_original": 16, "may_overturn": True},
+    "ensemble": 2,
+    "policy": {
+        "budget": 12,
+        "strategies": ["apl"],
+        "training": {"steps": 1, "prompts_per_step": 4, "learning_rate": 1e-4, "check_prompts": 4},
+    },
+    "replicates": 200,
+}
+
+
+# -- label efficiency --------------------------------------------------------------------------------------------------
+
+BUDGETS = (25, 50, 100, 200, 400)
+
+
+@given(st.floats(0.3, 3.0), st.floats(0.01, 5), st.floats(-3, 3))
+def test_a_shifted_curve_is_worth_its_shift(ratio, slope, level):
+    base = level + slope * np.log(BUDGETS)
+    assert efficiency(BUDGETS, base, level + slope * np.log(np.array(BUDGETS) * ratio)) == pytest.approx(
+        ratio, rel=1e-4
+    )
+
+
+@given(st.lists(st.floats(-1, 1), min_size=5, max_size=5), st.lists(st.floats(-1, 1), min_size=5, max_size=5))
+def test_exchanged_curves_have_the_inverse_worth_within_the_budgets(first, second):
+    one, other = np.array(first), np.array(second)
+    found = efficiency(BUDGETS, one, other)
+    assert found * efficiency(BUDGETS, other, one) == pytest.approx(1)
+    assert 1 / 16 - 1e-9 <= found <= 16 + 1e-9
+    assert efficiency(BUDGETS, one, one) == 1
+
+
+def test_curves_that_never_meet_give_the_bound():
+    low, high = np.array([0.0, 0.1, 0.2, 0.3, 0.4]), np.array([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert efficiency(BUDGETS, low, high) == pytest.approx(16)
+    assert efficiency(BUDGETS, high, low) == pytest.approx(1 / 16)
+
+
+def test_the_interval_holds_what_seeds_share():
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(12, 1))  # a good seed is good for both: it must not widen the interval
+    base = np.log(BUDGETS) + shared
+    found = efficiency_interval(BUDGETS, base, base + np.log(2), Bootstrap(np.arange(12), 300, 0))
+    assert found["mean"] == pytest.approx(2, rel=1e-4)
+    noisy = efficiency_interval(
+        BUDGETS, base, base + np.log(2) + rng.normal(size=(12, 5)), Bootstrap(np.arange(12), 300, 0)
+    )
+    assert noisy["low"] < noisy["mean"] < noisy["high"]
+
+
+# -- whole commands ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, dict]:
+    """A whole benchmark, through the command line."""
+    folder = tmp_path_factory.mktemp("bench")
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    done = subprocess.run(
+        [sys.executable, "-m", "dissonance", "bench", str(file), "--json", "--quiet"],
+        env={**os.environ, "DISSONANCE_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "tiny", json.loads(done.stdout)
+
+
+@pytest.fixture
+def in_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISSONANCE_CACHE", str(cache))
+
+
+def test_every_cell_is_there_and_spends_what_it_may(played: tuple[Path, dict]) -> None:
+    out, found = played
+    assert found == json.loads((out / "summary.json").read_text())
+    cells = found["cells"]
+    expected = 2 * 2 * (5 * 2 + 1 + 2)  # tasks, seeds, strategies x budgets and the other kinds of feedback
+    assert len(cells) == expected
+    assert len({tuple(c[k] for k in ("task", "seed", "strategy", "budget", "feedback")) for c in cells}) == expected
+    assert all(cell["judgements"] == cell["budget"] for cell in cells)
+    assert all(0 <= cell["reward_accuracy"] <= 1 and -2 <= cell["gold_reward"] <= 1 for cell in cells)
+    assert all(0 <= cell["shared_ignorance_share"] <= 1 for cell in cells)
+    trained = [c for c in cells if c["policy_gold_reward"] is not None]
+    assert {(c["strategy"], c["budget"], c["feedback"]) for c in trained} == {("apl", 12, "comparisons")}
+    assert {c["pairs"] for c in cells if c["strategy"] == "discordant_mean" and c["budget"] == 6} == {6}
+    assert set(found["label_efficiency"]) == set(found["label_efficiency_accuracy"]) == {"helpfulness", "safety"}
+    assert set(found["label_efficiency"]["safety"]) == set(TINY["strategies"]) - {"random_pairs"}
+    assert found["seeds"] == "confirmation"
+    start = found["start"]["helpfulness"]
+    assert start["gold_reward_best"]["mean"] >= start["gold_reward"]["mean"]
+    random = [c for c in cells if (c["task"], c["strategy"], c["budget"]) == ("safety", "random_pairs", 12)]
+    mean = np.mean([c["gold_reward"] for c in random if c["feedback"] == "comparisons"])
+    (row,) = (
+        r
+        for r in found["table"]
+        if (r["task"], r["strategy"], r["budget"], r["feedback"]) == ("safety", "random_pairs", 12, "comparisons")
+    )
+    assert row["gold_reward"]["mean"] == pytest.approx(mean)
+
+
+def test_errors_are_detected_as_plain_loops_say(played: tuple[Path, dict], in_cache: None) -> None:
+    out, found = played
+    config = parse_section(BenchConfig, TINY)
+    here = place(config, "safety", "biased", 1, out)
+    setting = load_setting(here)
+    answers, pool = setting.pool, setting.pool.pool("mean")
+    wrong, distance, margins = [], [], []
+    for p, (turns, texts) in enumerate(zip(answers.conversations, answers.texts, strict=True)):
+        gold = [gold_reward(here.world, turns[-1].content, text) for text in texts]
+        reward = answers.reward[p]
+        for i in range(len(texts)):
+            for j in range(i):
+                if gold[i] != gold[j]:
+                    agree = (gold[i] - gold[j]) * (reward[i] - reward[j])
+                    wrong.append(agree < 0)
+                    assert agree != 0
+                    distance.append(pool.kendall_tau_distance[p])
+                    margins.append(-abs(reward[i] - reward[j]))
+    wrong = np.array(wrong)
+    rows = json.loads((here.folder / "detection.json").read_text())["rows"]
+    by_name = {r["metric"]: r for r in rows if (r["subset"], r["n"], r["level"]) == ("all", 4, "pair")}
+    for metric, values in (("kendall_tau_distance_mean", distance), ("reward_margin", margins)):
+        of = np.array(values)
+        oracle = mannwhitneyu(of[wrong], of[~wrong]).statistic / wrong.sum() / (~wrong).sum()
+        assert by_name[metric]["auc"] == pytest.approx(oracle)
+        assert by_name[metric]["error"] == pytest.approx(wrong.mean())
+    assert {r["n"] for r in rows} == {2, 4}
+    assert set(found["error_detection"]["safety"]) == set(by_name)
+    worlds = {row["world"] for row in found["detection"]}
+    assert worlds == {"biased", "even"}, "errors are looked at in every world, strategies compared in the first"
+    assert {cell["world"] for cell in found["cells"]} == {"biased"}
+
+
+def test_a_cell_is_graded_by_the_gold_of_what_its_model_likes(played: tuple[Path, dict], in_cache: None) -> None:
+    here = place(parse_section(BenchConfig, TINY), "helpfulness", "biased", 0, played[0])
+    held_out = load_setting(here).held_out
+    assert grade(held_out, held_out.gold)["gold_reward"] == pytest.approx(held_out.gold.max(axis=1).mean())
+    assert grade(held_out, held_out.gold)["reward_accuracy"] == 1
+    assert grade(held_out, -held_out.gold)["reward_accuracy"] == 0
+    (row,) = (
+        b for b in played[1]["baselines"] if b["world"] == "biased" and (b["task"], b["seed"]) == ("helpfulness", 0)
+    )
+    assert row["gold_reward"] == pytest.approx(grade(held_out, held_out.reward)["gold_reward"])
+
+
+def test_ratings_are_of_whole_sets_and_overlap_is_paid_for(played: tuple[Path, dict], in_cache: None) -> None:
+    here = place(parse_section(BenchConfig, TINY), "helpfulness", "biased", 0, played[0])
+    pool = load_setting(here).pool.pool("sum")
+    asked = choose(pool, "discordant", StrategyConfig(), FeedbackKind(ask="ratings"), 9, 0)
+    assert {query.kind for query in asked} == {"rating"}
+    assert len(asked) == 9
+    sizes = {name: sum(query.prompt_id == name for query in asked) for name in {q.prompt_id for q in asked}}
+    whole = dict(zip(pool.prompt_ids, pool.n_answers.tolist(), strict=True))
+    assert sum(sizes[name] != whole[name] for name in sizes) <= 1, "all of a prompt's answers, but for the last"
+    assert len(choose(pool, "discordant", StrategyConfig(), FeedbackKind(overlap=3), 10, 0)) == 3
+    assert choose(pool, "discordant", StrategyConfig(), FeedbackKind(overlap=3), 2, 0) == []
+
+
+def test_shares_are_of_the_worlds_own_cells(played: tuple[Path, dict], in_cache: None) -> None:
+    here = place(parse_section(BenchConfig, TINY), "helpfulness", "biased", 0, played[0])
+    names = load_setting(here).pool.prompts["category"].to_pylist()
+    assert {cell_of(here.world, name) for name in names} == {"both", "policy_only", "proxy_only", "neither"}
+
+
+def test_what_is_there_is_not_played_again(played: tuple[Path, dict], tmp_path: Path, in_cache: None) -> None:
+    out = tmp_path / "again"
+    shutil.copytree(played[0], out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.json") if path.name not in {"summary.json"}}
+    assert bench(parse_section(BenchConfig, TINY), out) == played[1]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    # Another budget is new; nothing else is.
+    more = parse_section(BenchConfig, {**TINY, "tasks": ["safety"], "budgets": [6, 12, 18]})
+    found = bench(more, out)
+    assert {cell["budget"] for cell in found["cells"]} == {6, 12, 18}
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_killed_and_run_again_it_finds_the_same(played: tuple[Path, dict], tmp_path: Path, cache: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    command = [sys.executable, "-m", "dissonance", "bench", str(file), "--json", "--quiet"]
+    environment = {**os.environ, "DISSONANCE_CACHE": str(cache)}
+    running = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while running.poll() is None and len(list((tmp_path / "tiny" / "cells").glob("*.json"))) < 5:
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny" / "cells").glob("*.json")}
+    assert 5 <= len(kept) < len(played[1]["cells"])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == played[1]
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+def test_the_page_shows_curves_worths_and_errors(played: tuple[Path, dict], browser: Browser) -> None:  # noqa: F811
+    with opened(browser, played[0] / "report.html") as page:
+        headings = page.locator("h2").all_inner_texts()
+        assert "Helpfulness: gold reward, best of n" in headings
+        assert "Safety: what a label is worth" in headings
+        assert "Safety: what predicts the proxy’s errors" in headings
+        for chart in page.locator("[data-chart]").all():
+            chart.scroll_into_view_if_needed()
+            assert chart.locator("svg").count() == 1
+        assert page.locator("#table-safety tbody tr").count() == 13
+
+
+# -- plans and mistakes ------------------------------------------------------------------------------------------------
+
+
+def written(tmp_path: Path, **changes: object) -> str:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({**TINY, **changes}))
+    return str(file)
+
+
+def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path)
+    assert cli.run(["bench", file, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "seeds": [0, 1], "settings": 8, "settings_made": 0, "cells": 52, "cells_played": 0,
+    }  # fmt: skip
+    assert cli.run(["bench", file, "--dry-run", "--development", "--set", "tasks=[safety]"]) == 0
+    assert "cells: 13, of which 0 are there" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
+
+
+MISTAKES = {
+    "an unknown strategy": ({"strategies": {"best": {}}}, "there is no strategy 'best'"),
+    "a strategy that cannot be imported": (
+        {"strategies": {"mine": {"strategy": "nowhere:mine"}}, "feedback": {"own": {}}, "policy": None},
+        "strategy: nowhere:mine cannot be imported",
+    ),
+    "a threshold that is none": ({"strategies": {"shf_cas": {"tau": 7}}}, "--tau 7"),
+    "seeds on both sides": ({"seeds": {"development": [1], "confirmation": [1]}}, "seeds [1] are for development"),
+    "a seed twice": ({"seeds": {"confirmation": [1, 1]}}, "confirmation must be different seeds"),
+    "no budgets": ({"budgets": []}, "strategies and budgets go together"),
+    "a budget of nothing": ({"budgets": [0]}, "budgets must be different numbers"),
+    "feedback on what is not compared": (
+        {"feedback": {"some": {"strategies": ["margin"]}}, "policy": None},
+        "feedback.some names 'margin'",
+    ),
+    "a policy at another budget": ({"policy": {"budget": 99}}, "policy names 99"),
+    "an unknown key": ({"worlds": {"one": {"biass": 1}}}, "worlds.one.biass: there is no such setting"),
+    "a dial out of range": ({"worlds": {"one": {"bias": 2}}}, "worlds.one.bias"),
+    "no such likelihood": ({"strategies": {"pacs": {"likelihood": "max"}}}, "strategies.pacs.likelihood"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_said_and_nothing_is_written(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes, message = MISTAKES[name]
+    assert cli.run(["bench", written(tmp_path, **changes)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "config").exists()
+
+
+def test_a_set_of_seeds_that_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path, seeds={"confirmation": [0]})
+    assert cli.run(["bench", file, "--development"]) == 2
+    assert "seeds.development is empty" in capsys.readouterr().err
+    assert cli.run(["bench", file, "--workers", "0"]) == 2
+    assert "workers is 0" in capsys.readouterr().err
+
+
+def test_a_callable_is_another_cell_once_it_was_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = "from dissonance.selection.strategies import random_pairs as mine\n"
+    (tmp_path / "ours_for_bench.py").write_text(source)
+    config = parse_section(
+        BenchConfig,
+        {
+            "seeds": {"confirmation": [0]},
+            "strategies": {"mine": {"strategy": "ours_for_bench:mine"}},
+            "budgets": [4],
+            "tasks": ["safety"],
+        },
+    )
+    (cell,) = cells_of(config, place(config, "safety", "default", 0, tmp_path))
+    before = cell.file(config, tmp_path)
+    assert before == Cell(cell.here, "mine", 4, "comparisons").file(config, tmp_path)
+    (tmp_path / "ours_for_bench.py").write_text(source + "# edited\n")
+    assert cell.file(config, tmp_path) != before
+
+
+def test_without_a_baseline_or_strategies_there_is_no_efficiency(tmp_path: Path) -> None:
+    config = parse_section(BenchConfig, {"seeds": {"confirmation": [0]}})
+    assert cells_of(config, place(config, "safety", "default", 0, tmp_path)) == []
+    assert summarise(config, [], tmp_path)["label_efficiency"] == {}
+    with pytest.raises(SettingsError, match=r"seeds.development is empty"):
+        bench(config, tmp_path, seeds="development")
+    with pytest.raises(ModelError, match="strategy: os:path is a module, not a callable"):
+        bench(
+            parse_section(
+                BenchConfig,
+                {"seeds": {"confirmation": [0]}, "strategies": {"x": {"strategy": "os:path"}}, "budgets": [4]},
+            ),
+            tmp_path,
+        )
