@@ -31,35 +31,8 @@ from dissonance.sandbox import cell as cell_of
 from dissonance.sandbox import gold_reward
 from test_report import browser, opened  # noqa: F401
 
-SMALL = {"n_demonstrations": 200, "n_pairs": 200, "bias": 1.0}
-TINY = {
-    "tasks": ["helpfulness", "safety"],
-    "worlds": {"biased": SMALL, "even": {**SMALL, "bias": 0.0}},
-    "seeds": {"development": [7], "confirmation": [0, 1]},
-    "pool": {"prompts": 24, "n": 4},
-    "held_out": {"prompts": 10, "n": 4},
-    "strategies": {
-        "random_pairs": {},
-        "shf_cas": {},
-        "discordant_mean": {"strategy": "discordant", "likelihood": "mean"},
-        "ensemble": {},
-        "apl": {},
-    },
-    "budgets": [6, 12],
-    "feedback": {
-        "comparisons": {},
-        "ratings": {"ask": "ratings", "strategies": ["random_pairs"], "budgets": [12]},
-        "noisy": {"flip": 0.3, "overlap": 3, "method": "dawid_skene", "strategies": ["random_pairs"]},
-    },
-    "reward": {"learning_rate": 1e-3, "max_original": 16, "may_overturn": True},
-    "ensemble": 2,
-    "policy": {
-        "budget": 12,
-        "strategies": ["apl"],
-        "training": {"steps": 1, "prompts_per_step": 4, "learning_rate": 1e-4, "check_prompts": 4},
-    },
-    "replicates": 200,
-}
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = yaml.safe_load((BENCHMARKS / "label_efficiency_tiny.yaml").read_text())
 
 
 # -- label efficiency --------------------------------------------------------------------------------------------------
@@ -115,7 +88,7 @@ def played(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path,
     """A whole benchmark, through the command line."""
     folder = tmp_path_factory.mktemp("bench")
     file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(TINY))
+    file.write_text(yaml.safe_dump(TINY, sort_keys=False))
     done = subprocess.run(
         [sys.executable, "-m", "dissonance", "bench", str(file), "--json", "--quiet"],
         env={**os.environ, "DISSONANCE_CACHE": str(cache)},
@@ -239,7 +212,7 @@ def test_what_is_there_is_not_played_again(played: tuple[Path, dict], tmp_path: 
 
 def test_killed_and_run_again_it_finds_the_same(played: tuple[Path, dict], tmp_path: Path, cache: Path) -> None:
     file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(TINY))
+    file.write_text(yaml.safe_dump(TINY, sort_keys=False))
     command = [sys.executable, "-m", "dissonance", "bench", str(file), "--json", "--quiet"]
     environment = {**os.environ, "DISSONANCE_CACHE": str(cache)}
     running = subprocess.Popen(
@@ -274,7 +247,7 @@ def test_the_page_shows_curves_worths_and_errors(played: tuple[Path, dict], brow
 
 def written(tmp_path: Path, **changes: object) -> str:
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({**TINY, **changes}))
+    file.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
     return str(file)
 
 

@@ -93,7 +93,7 @@ def _curve_chart(rows: Sequence[dict[str, Any]], title: str, start: float) -> di
     )
     across = base.mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None).encode(y=alt.Y("start:Q"))
     dots = base.mark_circle(size=36, opacity=0.9).encode(x=x, y=y, color=colour, tooltip=tooltip)
-    panels = alt.layer(across, *layers, dots).properties(width=190, height=150)
+    panels = alt.layer(across, *layers, dots).properties(width=260, height=160)
     chart = panels.facet(facet=alt.Facet("panel:N", title=None, sort=names), columns=3)
     return spec(chart, 150, points=[{**row, "start": start} for row in points])
 
