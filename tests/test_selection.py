@@ -25,7 +25,7 @@ from dissonance.selection import (
     select,
 )
 
-CONFLICT_DRIVEN = ("shf_cas", "discordant", "pacs", "kendall")
+CONFLICT_DRIVEN = ("shf_cas", "discordant", "spread", "pacs", "kendall")
 
 
 def z(values):
@@ -102,6 +102,13 @@ def opposed(pool, i, j):
     return (pool.reward[i] - pool.reward[j]) * (pool.loglikelihood[i] - pool.loglikelihood[j]) < 0
 
 
+def width(pool, i, j):
+    """How far apart reward and likelihood put two answers, in standard deviations of their prompt."""
+    rows = slice(*pool.offsets[pool.prompt_of[i] :][:2])
+    at = i - rows.start, j - rows.start
+    return sum(abs(z(scores[rows])[at[0]] - z(scores[rows])[at[1]]) for scores in (pool.reward, pool.loglikelihood))
+
+
 def askable(pool, strategy):
     """How many judgements there are to ask for, by brute force."""
     proper = [p for p in range(len(pool.prompt_ids)) if not pool.degenerate[p]]
@@ -113,6 +120,9 @@ def askable(pool, strategy):
     if strategy == "rso":
         sizes = [len(representatives(pool, p)) for p in range(len(pool.prompt_ids))]
         return sum(math.comb(max(2, size // 2), 2) for size in sizes if size > 1)
+    if strategy == "spread":
+        conflicting = [p for p in proper if pool.kendall_tau_distance[p] > 0]
+        return sum(width(pool, i, j) > 0 for i, j in all_pairs(pool) if pool.prompt_of[i] in conflicting)
     if strategy == "discordant":
         return sum(opposed(pool, i, j) and not pool.degenerate[pool.prompt_of[i]] for i, j in all_pairs(pool))
     return len(all_pairs(pool))
@@ -136,7 +146,7 @@ def test_the_budget_is_spent_exactly_and_nothing_is_asked_twice(strategy, pool, 
         assert len({pool.text_codes[i] for i in rows}) == len(rows)
         if strategy in CONFLICT_DRIVEN:
             assert not pool.degenerate[pool.prompt_of[rows[0]]]
-    if not strategy.startswith("random") and strategy not in ("discordant", "rso", "apl"):
+    if not strategy.startswith("random") and strategy not in ("discordant", "spread", "rso", "apl"):
         priorities = [q.priority for q in selection.queries]
         assert priorities == sorted(priorities, reverse=True)
     if strategy in ("shf_cas", "pacs"):
@@ -285,6 +295,27 @@ def test_discordant_goes_round_by_falling_gap(pool, budget, seed):
     assert second_round == [p for p in first_round if p in second_round], "each round in the same order"
 
 
+@settings(deadline=None, max_examples=60)
+@given(pool=pools(), budget=st.integers(1, 40), seed=st.integers(0, 5))
+def test_spread_goes_round_by_falling_width(pool, budget, seed):
+    by_prompt = {}
+    for i, j in all_pairs(pool):
+        p = pool.prompt_of[i]
+        if pool.kendall_tau_distance[p] > 0 and not pool.degenerate[p]:
+            by_prompt.setdefault(f"p{p}", []).append(width(pool, i, j))
+            if opposed(pool, i, j):
+                assert width(pool, i, j) == pytest.approx(abs(pool.pacs[i] - pool.pacs[j]))
+    queries = choose(pool, "spread", budget, seed).queries
+    asked = {}
+    for query in queries:
+        assert query.priority == pytest.approx(width(pool, *flat(pool, query)))
+        asked.setdefault(query.prompt_id, []).append(query.priority)
+    for prompt, widths in asked.items():
+        assert widths == pytest.approx(sorted(by_prompt[prompt], reverse=True)[: len(widths)])
+    turns = [sum(q.prompt_id == query.prompt_id for q in queries[:at]) for at, query in enumerate(queries)]
+    assert turns == sorted(turns), "no prompt again before every prompt was asked about"
+
+
 def test_discordant_draws_prompts_in_proportion_to_the_square_of_k():
     base = [0.0, 1.0, 2.0]
     orders = [[0.0, 2.0, 1.0], [2.0, 0.0, 1.0], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]
@@ -357,6 +388,7 @@ def test_reasons_are_for_people():
     assert reasons["pacs"] == reasons["shf_cas"]
     assert reasons["pacs"].startswith("K = 1.00; reward ranks it 1 of 3, policy 3 of 3; PACS +2.")
     assert reasons["discordant"].startswith("K = 1.00; reward prefers 100, policy 101; PACS ")
+    assert reasons["spread"].startswith("K = 1.00; reward and likelihood put them ")
     assert reasons["kendall"] == "K = 1.00; all 3 answers"
     assert reasons["margin"] == "rewards only 1 apart"
     assert reasons["apl"].startswith("implicit rewards ")
@@ -482,7 +514,7 @@ def test_a_callable_that_breaks_the_rules_is_refused(queries, message):
 def test_settings_that_make_no_sense():
     pool = random_pool(2, 3)
     with pytest.raises(
-        SettingsError, match="unknown strategy 'shfcas': use one of shf_cas, discordant, pacs, kendall,"
+        SettingsError, match="unknown strategy 'shfcas': use one of shf_cas, discordant, spread, pacs, kendall,"
     ):
         choose(pool, "shfcas", 1)
     for budget in (0, -1):

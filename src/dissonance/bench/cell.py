@@ -4,11 +4,13 @@ import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dissonance import selection
 from dissonance.artifacts import fingerprint, source_fingerprint
 from dissonance.bench.config import BenchConfig, FeedbackKind, PolicyCells, StrategyConfig
 from dissonance.bench.setting import MAX_NEW_TOKENS, Answers, Place, Setting, load_setting, proxy
@@ -60,12 +62,19 @@ class Cell:
             "setting": self.here.folder.name,
             "strategy": {**strategy.model_dump(), "strategy": strategy.strategy or self.strategy},
             "callable": _source(strategy),
+            "selection": _selection_code(),
             "feedback": feedback.model_dump(exclude={"strategies", "budgets"}),
             "budget": self.budget,
             "reward": config.reward.model_dump(),
             "policy": policy and policy.training.model_dump(),
         }
         return out / "cells" / f"{fingerprint(decides)[:24]}.json"
+
+
+@cache
+def _selection_code() -> str:
+    """What the built-in strategies do, so that one that was changed is another."""
+    return fingerprint([file.read_text() for file in sorted(Path(selection.__file__).parent.glob("*.py"))])
 
 
 def _source(strategy: StrategyConfig) -> str | None:
@@ -134,8 +143,8 @@ def choose(
     rng = np.random.default_rng([seed, budget])
     named = strategy.strategy or name
     ask = import_callable(named, "strategy") if ":" in named else named
-    selection = select(pool, ask, budget=affordable, rng=rng, tau=tau, delta=delta)
-    queries = list(selection.queries)
+    chosen = select(pool, ask, budget=affordable, rng=rng, tau=tau, delta=delta)
+    queries = list(chosen.queries)
     return _as_ratings(pool, queries, affordable) if feedback.ask == "ratings" else queries
 
 

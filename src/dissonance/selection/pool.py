@@ -73,6 +73,16 @@ class Pool:
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     @cached_property
+    def z_reward(self) -> FloatArray:
+        """(R,): the rewards' z-scores within the prompt; 0 where they are constant."""
+        return _standardized(self.reward, self.offsets)
+
+    @cached_property
+    def z_loglikelihood(self) -> FloatArray:
+        """(R,): the log-likelihoods' z-scores within the prompt, likewise."""
+        return _standardized(self.loglikelihood, self.offsets)
+
+    @cached_property
     def answers(self) -> IntArray:
         """Flat indices, ascending, of the first completion with each text of each prompt: one per distinct text.
 
@@ -136,6 +146,16 @@ class Pool:
     def _refuse_rows(self, bad: NDArray[np.bool_], problem: str) -> None:
         if bad.any():
             raise DataError(f"prompt {self.prompt_ids[int(self.prompt_of[np.argmax(bad)])]!r} {problem}")
+
+
+def _standardized(values: FloatArray, offsets: IntArray) -> FloatArray:
+    if not values.size:
+        return values
+    sizes, starts = np.diff(offsets), offsets[:-1]
+    centred = values - np.repeat(np.add.reduceat(values, starts) / sizes, sizes)
+    deviation = np.sqrt(np.add.reduceat(centred**2, starts) / sizes)
+    scores: FloatArray = centred / np.repeat(np.where(deviation > 0, deviation, 1.0), sizes)
+    return scores
 
 
 def pool_from_tables(prompts: pa.Table, completions: pa.Table, likelihood: Likelihood) -> Pool:

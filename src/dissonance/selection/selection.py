@@ -21,7 +21,7 @@ from dissonance.selection.thresholds import (
     effective_thresholds,
 )
 
-_TAKES = {"shf_cas": {"tau", "delta"}, "kendall": {"tau"}, "discordant": {"tau"}, "pacs": {"delta"}}
+_TAKES = {"shf_cas": {"tau", "delta"}, "kendall": {"tau"}, "discordant": {"tau"}, "spread": {"tau"}, "pacs": {"delta"}}
 """The thresholds that each conflict-driven strategy uses; a strategy of the user's may use both."""
 
 

@@ -3,7 +3,7 @@
 All spend the same currency, judgements: 1 for a rating or a comparison, N-1 for a ranking of N. None exceeds the
 budget; each spends all of it if there is enough to ask. Ties are broken by `rng`, since an order by position would
 favour whatever stands first in the file. Degenerate prompts have no conflict, so that `shf_cas`, `discordant`,
-`pacs` and `kendall` leave them out; the others, which measure no conflict, do not.
+`spread`, `pacs` and `kendall` leave them out; the others, which measure no conflict, do not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -69,11 +69,31 @@ def discordant(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.G
     K >= tau; one without a discordant pair is passed over. Once every prompt was asked about, the same order is
     gone through again with the next-largest gap. Ours: conflict-driven, yet diverse.
     """
-    prompts = np.flatnonzero(conflicting_prompts(pool, thresholds) & (pool.kendall_tau_distance > 0))
-    keys = 2 * np.log(pool.kendall_tau_distance[prompts]) + rng.gumbel(size=len(prompts))
-    first, second = _discordant_rounds(pool, prompts[np.argsort(-keys)], budget)
-    gaps = np.abs(pool.pacs[first] - pool.pacs[second])
-    return [_comparison(pool, i, j, g, _opposition(pool, i, j, g)) for i, j, g in zip(first, second, gaps, strict=True)]
+
+    def gaps(first: IntArray, second: IntArray) -> FloatArray:
+        opposed = np.sign(pool.reward[first] - pool.reward[second]) * np.sign(
+            pool.loglikelihood[first] - pool.loglikelihood[second]
+        )
+        return np.where(opposed < 0, np.abs(pool.pacs[first] - pool.pacs[second]), 0.0)
+
+    asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps)
+    return [_comparison(pool, i, j, gap, _opposition(pool, i, j, gap)) for i, j, gap in asked]
+
+
+def spread(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
+    """Draw prompts in proportion to K^2, and compare in each the two answers that lie furthest apart.
+
+    As `discordant`, but the gap is |z(r)_i - z(r)_j| + |z(l)_i - z(l)_j|, whichever way the two orders point: for a
+    discordant pair that is its PACS gap. Where reward and policy agree on a pair and are wrong, or both right, its
+    label says so too; labels of discordant pairs alone say mostly that the reward model errs. Ours.
+    """
+
+    def gaps(first: IntArray, second: IntArray) -> FloatArray:
+        reward, likelihood = pool.z_reward, pool.z_loglikelihood
+        return np.abs(reward[first] - reward[second]) + np.abs(likelihood[first] - likelihood[second])
+
+    asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps)
+    return [_comparison(pool, i, j, gap, _distance(pool, i, gap)) for i, j, gap in asked]
 
 
 def margin(pool: Pool, budget: int, _thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
@@ -167,6 +187,7 @@ def apl(pool: Pool, budget: int, _thresholds: Thresholds, rng: np.random.Generat
 STRATEGIES: dict[str, Strategy] = {
     "shf_cas": shf_cas,
     "discordant": discordant,
+    "spread": spread,
     "pacs": pacs,
     "kendall": kendall,
     "random_prompts": random_prompts,
@@ -251,26 +272,34 @@ def _to_rank(pool: Pool, prompts: IntArray, keep: FloatArray, budget: int) -> It
         yield int(prompt), answers
 
 
-def _discordant_rounds(pool: Pool, prompts: IntArray, budget: int) -> tuple[IntArray, IntArray]:
-    """Flat indices of discordant pairs: of each prompt, in order, the one with the largest gap, then the next, ..."""
+def _drawn_by_conflict(pool: Pool, thresholds: Thresholds, rng: np.random.Generator) -> IntArray:
+    """Prompts with K >= tau, drawn in proportion to K^2 without replacement, in the order of drawing."""
+    prompts = np.flatnonzero(conflicting_prompts(pool, thresholds) & (pool.kendall_tau_distance > 0))
+    keys = 2 * np.log(pool.kendall_tau_distance[prompts]) + rng.gumbel(size=len(prompts))
+    return prompts[np.argsort(-keys)]
+
+
+def _widest_rounds(
+    pool: Pool, prompts: IntArray, budget: int, measure: Callable[[IntArray, IntArray], FloatArray]
+) -> list[tuple[int, int, float]]:
+    """Pairs (first, second, gap): of each prompt, in order, the one with the largest gap above 0, then the next, ..."""
     place = np.empty(len(pool), dtype=np.int64)
     place[prompts] = np.arange(len(prompts))
-    blocks = [np.empty((2, 0), dtype=np.int64)]
+    blocks = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
     n_prompts, step = 0, max(budget, 1024)
     for start in range(0, len(prompts), step):
         for first, second in pairs(pool, prompts[start : start + step]):
-            opposed = np.sign(pool.reward[first] - pool.reward[second]) * np.sign(
-                pool.loglikelihood[first] - pool.loglikelihood[second]
-            )
-            blocks.append(np.stack((first, second))[:, opposed < 0])
-            n_prompts += len(np.unique(pool.prompt_of[blocks[-1][0]]))
+            gap = measure(first, second)
+            kept = gap > 0
+            blocks.append((first[kept], second[kept], gap[kept]))
+            n_prompts += len(np.unique(pool.prompt_of[first[kept]]))
         if n_prompts >= budget:
             break
-    first, second = np.concatenate(blocks, axis=1)
+    first, second, gap = (np.concatenate(column) for column in zip(*blocks, strict=True))
     where = place[pool.prompt_of[first]]
-    order = np.lexsort((-np.abs(pool.pacs[first] - pool.pacs[second]), where))
+    order = np.lexsort((-gap, where))
     asked = np.lexsort((where, _turns(where, order)))[:budget]
-    return first[asked], second[asked]
+    return [(int(first[k]), int(second[k]), float(gap[k])) for k in asked]
 
 
 def _turns(group: IntArray, order: IntArray) -> IntArray:
@@ -305,6 +334,11 @@ def _opposition(pool: Pool, first: int, second: int, gap: float) -> str:
     liked, likely = (first, second) if pool.reward[first] > pool.reward[second] else (second, first)
     ids, distance = pool.completion_ids, pool.kendall_tau_distance[pool.prompt_of[first]]
     return f"K = {distance:.2f}; reward prefers {ids[liked]}, policy {ids[likely]}; PACS {gap:.2f} apart"
+
+
+def _distance(pool: Pool, first: int, gap: float) -> str:
+    distance = pool.kendall_tau_distance[pool.prompt_of[first]]
+    return f"K = {distance:.2f}; reward and likelihood put them {gap:.2f} standard deviations apart"
 
 
 def _extent(pool: Pool, prompt: int, answers: IntArray) -> str:
