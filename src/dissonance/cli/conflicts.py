@@ -133,7 +133,9 @@ def select(
     budget: Annotated[int, typer.Option(help="Judgements to spend: 1 a comparison or rating, N-1 a ranking of N.")],
     strategy: Annotated[
         str,
-        typer.Option(help="shf_cas, discordant, spread, pacs, kendall, random_prompts, random_pairs, margin, ensemble, rso, apl."),
+        typer.Option(
+            help="shf_cas, discordant, spread, pacs, kendall, random_prompts, random_pairs, margin, ensemble, rso, apl."
+        ),
     ] = "shf_cas",
     tau: Annotated[str | None, typer.Option(help="Least K of a prompt: 0.6, or a quantile: q0.9.")] = None,
     delta: Annotated[str | None, typer.Option(help="Least |PACS| of a completion: 1.2, or a quantile: q0.8.")] = None,
