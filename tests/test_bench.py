@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -40,39 +39,68 @@ TINY = yaml.safe_load((BENCHMARKS / "label_efficiency_tiny.yaml").read_text())
 BUDGETS = (25, 50, 100, 200, 400)
 
 
+def worth(base, own, spent=BUDGETS):
+    return efficiency(BUDGETS, np.asarray(base, float), spent, np.asarray(own, float))
+
+
 @given(st.floats(0.3, 3.0), st.floats(0.01, 5), st.floats(-3, 3))
 def test_a_shifted_curve_is_worth_its_shift(ratio, slope, level):
     base = level + slope * np.log(BUDGETS)
-    assert efficiency(BUDGETS, base, level + slope * np.log(np.array(BUDGETS) * ratio)) == pytest.approx(
-        ratio, rel=1e-4
-    )
+    found = worth(base, level + slope * np.log(np.array(BUDGETS) * ratio))
+    assert found.bound is None
+    assert found.value == pytest.approx(ratio, rel=1e-4)
 
 
 @given(st.lists(st.floats(-1, 1), min_size=5, max_size=5), st.lists(st.floats(-1, 1), min_size=5, max_size=5))
 def test_exchanged_curves_have_the_inverse_worth_within_the_budgets(first, second):
-    one, other = np.array(first), np.array(second)
-    found = efficiency(BUDGETS, one, other)
-    assert found * efficiency(BUDGETS, other, one) == pytest.approx(1)
-    assert 1 / 16 - 1e-9 <= found <= 16 + 1e-9
-    assert efficiency(BUDGETS, one, one) == 1
+    found = worth(first, second)
+    assert found.value * worth(second, first).value == pytest.approx(1)
+    assert 1 / 16 - 1e-9 <= found.value <= 16 + 1e-9
+    assert worth(first, first).value == pytest.approx(1)
+
+
+RISING = [0.1, 0.2, 0.3, 0.4, 0.5]  # at 25, 50, 100, 200, 400
+
+
+@pytest.mark.parametrize(
+    ("base", "own", "expected"),
+    [
+        (RISING, [0.4] * 5, 200 / 25),  # a flat curve reaches its level with its first judgements
+        ([0.4] * 5, RISING, 25 / 200),
+        (RISING, [0.35, 0.25, 0.3, 0.3, 0.3], 100 / 25),  # one that falls is pooled to its mean, 0.3
+        ([0.5] * 5, [0.5, 0.6, 0.7, 0.8, 0.9], 1),
+    ],
+)
+def test_a_result_needs_the_least_that_reaches_it(base, own, expected):
+    found = worth(base, own)
+    assert found.bound is None
+    assert found.value == pytest.approx(expected, rel=1e-6)
 
 
 def test_curves_that_never_meet_give_the_bound():
     low, high = np.array([0.0, 0.1, 0.2, 0.3, 0.4]), np.array([0.5, 0.6, 0.7, 0.8, 0.9])
-    assert efficiency(BUDGETS, low, high) == pytest.approx(16)
-    assert efficiency(BUDGETS, high, low) == pytest.approx(1 / 16)
+    assert worth(low, high) == (pytest.approx(16), "at least")
+    assert worth(high, low) == (pytest.approx(1 / 16), "at most")
+
+
+def test_what_was_not_spent_is_not_charged():
+    assert worth(RISING, RISING, spent=[n / 2 for n in BUDGETS]).value == pytest.approx(2)
 
 
 def test_the_interval_holds_what_seeds_share():
     rng = np.random.default_rng(0)
     shared = rng.normal(size=(12, 1))  # a good seed is good for both: it must not widen the interval
-    base = np.log(BUDGETS) + shared
-    found = efficiency_interval(BUDGETS, base, base + np.log(2), Bootstrap(np.arange(12), 300, 0))
-    assert found["mean"] == pytest.approx(2, rel=1e-4)
-    noisy = efficiency_interval(
-        BUDGETS, base, base + np.log(2) + rng.normal(size=(12, 5)), Bootstrap(np.arange(12), 300, 0)
-    )
-    assert noisy["low"] < noisy["mean"] < noisy["high"]
+    base, bootstrap = np.log(BUDGETS) + shared, Bootstrap(np.arange(12), 300, 0)
+
+    def interval(own):
+        return efficiency_interval(BUDGETS, base, BUDGETS, own, bootstrap)
+
+    noise = 0.2 * rng.normal(size=(12, 5))
+    paired, unpaired = interval(base + np.log(2) + noise), interval(np.log(2 * np.array(BUDGETS)) + noise)
+    assert paired["mean"] == pytest.approx(2, rel=0.1)
+    assert paired["low"] < paired["mean"] < paired["high"]
+    assert paired["high"] / paired["low"] < 0.8 * unpaired["high"] / unpaired["low"]
+    assert paired["bound"] is None
 
 
 # -- whole commands ----------------------------------------------------------------------------------------------------
@@ -192,9 +220,31 @@ def test_ratings_are_of_whole_sets_and_overlap_is_paid_for(played: tuple[Path, d
 
 
 def test_shares_are_of_the_worlds_own_cells(played: tuple[Path, dict], in_cache: None) -> None:
-    here = place(parse_section(BenchConfig, TINY), "helpfulness", "biased", 0, played[0])
-    names = load_setting(here).pool.prompts["category"].to_pylist()
-    assert {cell_of(here.world, name) for name in names} == {"both", "policy_only", "proxy_only", "neither"}
+    config = parse_section(BenchConfig, TINY)
+    here = place(config, "helpfulness", "biased", 0, played[0])
+    setting = load_setting(here)
+    queries = choose(setting.pool.pool("sum"), "random_pairs", StrategyConfig(), FeedbackKind(), 12, 0)
+    category = dict(zip(*(setting.pool.prompts[name].to_pylist() for name in ("prompt_id", "category")), strict=True))
+    shared = [cell_of(here.world, category[query.prompt_id]) == "neither" for query in queries]
+    (cell,) = (
+        c
+        for c in played[1]["cells"]
+        if (c["task"], c["seed"], c["strategy"], c["budget"], c["feedback"])
+        == ("helpfulness", 0, "random_pairs", 12, "comparisons")
+    )
+    assert cell["shared_ignorance_share"] == pytest.approx(np.mean(shared))
+
+
+def test_a_world_with_too_few_pairs_for_tenths(tmp_path: Path, in_cache: None) -> None:
+    few = {**TINY, "tasks": ["safety"], "worlds": {"biased": TINY["worlds"]["biased"]}, "seeds": {"confirmation": [0]}}
+    few |= {"strategies": {}, "budgets": [], "feedback": {"comparisons": {}}, "policy": None}
+    found = bench(parse_section(BenchConfig, {**few, "pool": {"prompts": 6, "n": 2}}), tmp_path / "few")
+    assert found["cells"] == []
+    (row,) = (
+        r for r in found["detection"] if (r["subset"], r["level"], r["metric"]) == ("all", "pair", "reward_margin")
+    )
+    assert row["deciles"] is None
+    assert 0 <= row["error"]["mean"] <= 1
 
 
 def test_what_is_there_is_not_played_again(played: tuple[Path, dict], tmp_path: Path, in_cache: None) -> None:
@@ -210,6 +260,13 @@ def test_what_is_there_is_not_played_again(played: tuple[Path, dict], tmp_path: 
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def in_group(group: int) -> list[str]:
+    """The processes of a process group that are there, but for those that nobody has waited for."""
+    found = subprocess.run(["ps", "-eo", "pgid=,stat=,pid="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in found.splitlines()]
+    return [pid for pgid, state, pid in rows if int(pgid) == group and not state.startswith("Z")]
+
+
 def test_killed_and_run_again_it_finds_the_same(played: tuple[Path, dict], tmp_path: Path, cache: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(TINY, sort_keys=False))
@@ -220,13 +277,18 @@ def test_killed_and_run_again_it_finds_the_same(played: tuple[Path, dict], tmp_p
     )
     while running.poll() is None and len(list((tmp_path / "tiny" / "cells").glob("*.json"))) < 5:
         time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGKILL)
+    running.kill()  # and not its processes: they end by themselves
     running.wait()
+    until = time.monotonic() + 60
+    while in_group(running.pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not in_group(running.pid)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny" / "cells").glob("*.json")}
     assert 5 <= len(kept) < len(played[1]["cells"])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == played[1]
+    assert not list((tmp_path / "tiny").rglob(".*.tmp"))
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
 
 
@@ -278,6 +340,15 @@ MISTAKES = {
         "feedback.some names 'margin'",
     ),
     "a policy at another budget": ({"policy": {"budget": 99}}, "policy names 99"),
+    "a threshold that it does not use": ({"strategies": {"margin": {"tau": 0.5}}}, "strategy 'margin' uses no tau"),
+    "another baseline": ({"strategies": {"random_pairs": {"strategy": "margin"}}}, "strategies.random_pairs is what"),
+    "a callable as the name": (
+        {"strategies": {"nowhere:mine": {}}, "feedback": {"own": {}}, "policy": None},
+        "strategy: nowhere:mine cannot be imported",
+    ),
+    "a task twice": ({"tasks": ["safety", "safety"]}, "tasks must be different"),
+    "feedback for nothing": ({"feedback": {"own": {"strategies": []}}}, "feedback.own is for nothing"),
+    "more prompts than there are": ({"pool": {"prompts": 2000}}, "pool.prompts is 2000: a world has 1500"),
     "an unknown key": ({"worlds": {"one": {"biass": 1}}}, "worlds.one.biass: there is no such setting"),
     "a dial out of range": ({"worlds": {"one": {"bias": 2}}}, "worlds.one.bias"),
     "no such likelihood": ({"strategies": {"pacs": {"likelihood": "max"}}}, "strategies.pacs.likelihood"),
@@ -294,6 +365,16 @@ def test_mistakes_are_said_and_nothing_is_written(
     assert message in said
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "config").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    for out, message in ((tmp_path / "run", "no benchmark's folder"), (file, "is a file")):
+        assert cli.run(["bench", file, "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["summary.json"]
 
 
 def test_a_set_of_seeds_that_is_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,9 +209,18 @@ def test_a_training_that_turns_the_model_round_is_refused(reward_folder: Path, t
     refine(started(reward_folder), tmp_path / "trained", new=preferences(64), config=settings(epochs=2))
     sets = {"new": swapped(preferences(96, seed=1)), "held_out_original": preferences(40, seed=9)}
     config = settings(epochs=3, patience=0, evaluations=1)
-    with pytest.raises(ModelError, match="prefers the rejected answer"):
+    with pytest.raises(
+        ModelError, match=r"prefers the rejected answer .* people who contradicted them, set may_overturn"
+    ):
         refine(started(tmp_path / "trained"), tmp_path / "out", config=config, **sets)
     assert not (tmp_path / "out").exists()
+    allowed = config.model_copy(update={"may_overturn": True})
+    found = refine(started(tmp_path / "trained"), tmp_path / "out", config=allowed, **sets)
+    assert found["held_out_original"]["after"]["accuracy"]["high"] < 0.5 < found["new"]["after"]["accuracy"]["low"]
+    with pytest.raises(
+        ModelError, match=r"set kind to cost, or turn the pairs round if chosen and rejected are swapped$"
+    ):
+        refine(started(tmp_path / "out"), tmp_path / "again", config=allowed, **sets)  # it was wrong before, too
 
 
 # ---- trap 4: another model saved, or another loaded ----

@@ -243,7 +243,7 @@ def create_run(path: Path, command: str, settings: Mapping[str, Any], inputs: Ma
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--out {path} cannot be made: {error.strerror}") from error
-    with _locked(path):
+    with locked(path):
         sweep(path)
         fresh = matching_run(path, command, settings, inputs) is None
         if fresh:
@@ -278,7 +278,7 @@ def find_run(path: Path) -> Run:
 def open_run(path: Path, wait: float = 0.0) -> Iterator[Run]:
     """Open and lock an existing run folder, waiting so many seconds for another process that has it."""
     run = find_run(path)
-    with _locked(path, wait):
+    with locked(path, wait):
         yield run
 
 
@@ -290,7 +290,8 @@ def _listing(path: Path) -> list[Path]:
 
 
 @contextmanager
-def _locked(path: Path, wait: float = 0.0) -> Iterator[None]:
+def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
+    """Hold a folder for this process, waiting so many seconds for another one that has it."""
     lock = FileLock(path / ".lock")
     try:
         lock.acquire(timeout=wait)

@@ -4,18 +4,17 @@ import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dissonance import selection
 from dissonance.artifacts import fingerprint, source_fingerprint
 from dissonance.bench.config import BenchConfig, FeedbackKind, PolicyCells, StrategyConfig
 from dissonance.bench.setting import MAX_NEW_TOKENS, Answers, Place, Setting, load_setting, proxy
 from dissonance.callables import function_source, import_callable
 from dissonance.config import PolicyConfig, RewardConfig, RewardTraining
+from dissonance.errors import DataError
 from dissonance.evaluate.detection import correctness, ordered_pairs
 from dissonance.feedback.aggregate import aggregate
 from dissonance.feedback.annotators.rewards import Rewards
@@ -51,7 +50,7 @@ class Cell:
             policy is not None
             and self.budget == policy.budget
             and self.feedback == next(iter(config.feedback))
-            and self.strategy in (policy.strategies or config.strategies)
+            and self.strategy in (config.strategies if policy.strategies is None else policy.strategies)
         )
         return config.strategies[self.strategy], config.feedback[self.feedback], policy if trained else None
 
@@ -60,9 +59,8 @@ class Cell:
         strategy, feedback, policy = self.settings(config)
         decides = {
             "setting": self.here.folder.name,
-            "strategy": {**strategy.model_dump(), "strategy": strategy.strategy or self.strategy},
-            "callable": _source(strategy),
-            "selection": _selection_code(),
+            "strategy": {**strategy.model_dump(), "strategy": config.asked[self.strategy]},
+            "callable": _source(config.asked[self.strategy]),
             "feedback": feedback.model_dump(exclude={"strategies", "budgets"}),
             "budget": self.budget,
             "reward": config.reward.model_dump(),
@@ -71,15 +69,9 @@ class Cell:
         return out / "cells" / f"{fingerprint(decides)[:24]}.json"
 
 
-@cache
-def _selection_code() -> str:
-    """What the built-in strategies do, so that one that was changed is another."""
-    return fingerprint([file.read_text() for file in sorted(Path(selection.__file__).parent.glob("*.py"))])
-
-
-def _source(strategy: StrategyConfig) -> str | None:
+def _source(named: str) -> str | None:
     """What is in the file of a strategy that is a callable, so that one that was edited is another."""
-    file = function_source(strategy.strategy) if strategy.strategy and ":" in strategy.strategy else None
+    file = function_source(named) if ":" in named else None
     return None if file is None else source_fingerprint(str(file))
 
 
@@ -92,7 +84,7 @@ def cells_of(config: BenchConfig, here: Place) -> list[Cell]:
         for strategy in config.strategies
         for budget in config.budgets
         for feedback, kind in config.feedback.items()
-        if strategy in (kind.strategies or config.strategies) and budget in (kind.budgets or config.budgets)
+        if (kind.strategies is None or strategy in kind.strategies) and (kind.budgets is None or budget in kind.budgets)
     ]
 
 
@@ -250,6 +242,8 @@ def grade(answers: Answers, rewards: FloatArray) -> dict[str, float]:
     best = rewards.argmax(axis=1)
     gold = answers.gold[np.arange(len(best)), best]
     right = correctness(ordered_pairs(answers.gold).margin(rewards))
+    if not right.size:
+        raise DataError("gold tells no two answers to a held-out prompt apart: raise held_out.prompts or held_out.n")
     return {"gold_reward": float(gold.mean()), "reward_accuracy": float(right.mean())}
 
 

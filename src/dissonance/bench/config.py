@@ -5,11 +5,15 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from dissonance.config import PolicyTraining, RewardTraining, Section
+from dissonance.errors import SettingsError
 from dissonance.likelihood import Likelihood
 from dissonance.sandbox import Task
 from dissonance.selection import STRATEGIES, parse_threshold
+from dissonance.selection.selection import check_option
 
 SeedSet = Literal["development", "confirmation"]
+TRAINING_PROMPTS, HELD_OUT_PROMPTS = 1_500, 500
+"""Of a world with the default number of objects."""
 BASELINE = "random_pairs"
 """What label efficiency is measured against."""
 
@@ -113,15 +117,34 @@ class BenchConfig(Section):
     replicates: int = Field(4000, ge=200)
     """Of the bootstrap over seeds."""
 
+    @property
+    def asked(self) -> dict[str, str]:
+        """Which strategy each name stands for: a built-in, or `module:callable`."""
+        return {name: of.strategy or name for name, of in self.strategies.items()}
+
     @model_validator(mode="after")
     def _strategies_exist(self) -> Self:
-        for name, of in self.strategies.items():
-            if (named := of.strategy or name) not in STRATEGIES and ":" not in named:
+        for name, named in self.asked.items():
+            if named not in STRATEGIES and ":" not in named:
                 known = ", ".join(STRATEGIES)
                 raise ValueError(f"strategies.{name}: there is no strategy {named!r}: use {known}, or module:callable")
-            for bound in ("tau", "delta"):
-                if (value := getattr(of, bound)) is not None:
-                    parse_threshold(str(value), bound)
+            of = self.strategies[name]
+            try:
+                check_option(named, "tau", None if of.tau is None else parse_threshold(str(of.tau), "tau"))
+                check_option(named, "delta", None if of.delta is None else parse_threshold(str(of.delta), "delta"))
+            except SettingsError as error:
+                raise ValueError(f"strategies.{name}: {error}") from error
+        if self.asked.get(BASELINE, BASELINE) != BASELINE:
+            raise ValueError(f"strategies.{BASELINE} is what the others are compared with: it cannot be another")
+        return self
+
+    @model_validator(mode="after")
+    def _worlds_have_as_many(self) -> Self:
+        for name, of, most in (("pool", self.pool, TRAINING_PROMPTS), ("held_out", self.held_out, HELD_OUT_PROMPTS)):
+            if of.prompts > most:
+                raise ValueError(f"{name}.prompts is {of.prompts}: a world has {most}")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks must be different")
         return self
 
     @model_validator(mode="after")
@@ -135,6 +158,8 @@ class BenchConfig(Section):
             given.append(("policy", self.policy.strategies, (self.policy.budget,)))
         for where, strategies, budgets in given:
             for known, named in ((self.strategies, strategies), (self.budgets, budgets)):
+                if named == ():
+                    raise ValueError(f"{where} is for nothing: name some, or leave it out for all")
                 if stray := [one for one in named or () if one not in known]:
                     raise ValueError(
                         f"{where} names {stray[0]!r}: it is none of {', '.join(map(str, known)) or 'none'}"

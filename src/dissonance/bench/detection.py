@@ -42,7 +42,7 @@ def detect(setting: Setting, world: World) -> dict[str, Any]:
             for level, found in (("pair", _by_pair), ("prompt", _by_prompt)):
                 known = {"subset": subset, "n": size, "level": level}
                 rows += [{**known, **row} for row in found(pairs, error, scores, kept)]
-    return {"rows": rows, "bands": _bands(error, scores), "cells": _by_cell(pairs, error, scores, where)}
+    return {"rows": rows, "bands": _bands(error, scores)}
 
 
 def _measures(answers: Answers, n: int) -> tuple[Ordered, dict[str, FloatArray]]:
@@ -102,21 +102,11 @@ def _related(values: FloatArray, wrong: FloatArray, share: FloatArray) -> dict[s
     }
 
 
-def _bands(error: FloatArray, scores: Mapping[str, FloatArray]) -> dict[str, list[float]]:
-    """Error rate by tenth of the pairs, lowest scores first; ties go where their ranks fall."""
+def _bands(error: FloatArray, scores: Mapping[str, FloatArray]) -> dict[str, list[float] | None]:
+    """Error rate by tenth of the pairs, lowest scores first; None of fewer pairs than tenths."""
     return {
         metric: [float(part.mean()) for part in np.array_split(error[np.argsort(values, kind="stable")], BANDS)]
+        if error.size >= BANDS
+        else None
         for metric, values in scores.items()
     }
-
-
-def _by_cell(
-    pairs: Ordered, error: FloatArray, scores: Mapping[str, FloatArray], where: np.ndarray[Any, np.dtype[np.str_]]
-) -> dict[str, dict[str, float]]:
-    found = {}
-    for name in CELLS:
-        inside = where[pairs.prompt] == name
-        if inside.any():
-            k = {f"kendall_tau_distance_{one}": scores[f"kendall_tau_distance_{one}"] for one in LIKELIHOODS}
-            found[name] = {"error": float(error[inside].mean()), **{m: float(v[inside].mean()) for m, v in k.items()}}
-    return found

@@ -2,12 +2,14 @@
 
     efficiency = judgements that the baseline needs / judgements that the strategy needs, for the same result
 
-Curves are means over seeds by budget, made monotone by isotonic regression and interpolated linearly in the logarithm
-of the budget. The ratio is the geometric mean over the results that both curves reach. Where one curve lies wholly
-above the other, all that is known is that the ratio is beyond the range of budgets: it is then that range's bound.
+Curves are means over seeds by judgements spent, made monotone by isotonic regression (one that falls is pooled to its
+mean) and interpolated linearly in the logarithm of the judgements; what a result needs is the least that reaches it.
+The ratio is the geometric mean over the results that both curves reach, from the higher of their starts to the lower of
+their ends. Where one curve lies wholly above the other, all that is known is a bound: the ratio is beyond it.
 """
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import isotonic_regression
@@ -15,42 +17,78 @@ from scipy.optimize import isotonic_regression
 from dissonance.evaluate.statistics import Bootstrap, FloatArray, Interval
 
 _LEVELS = 33
-_LEAST_SLOPE = 1e-9
+_ROUNDING = 1e-9
 
 
-def efficiency(budgets: Sequence[int], baseline: FloatArray, strategy: FloatArray) -> float:
+class Ratio(NamedTuple):
+    """A label efficiency."""
+
+    value: float
+    bound: Literal["at least", "at most"] | None
+    """Where the curves never meet: the value is all that is known."""
+
+
+class Efficiency(Interval):
+    """A label efficiency with its interval over seeds."""
+
+    bound: Literal["at least", "at most"] | None
+    """Of the estimate, as in `Ratio`."""
+
+
+def efficiency(
+    spent_baseline: Sequence[float], baseline: FloatArray, spent_strategy: Sequence[float], strategy: FloatArray
+) -> Ratio:
     """The ratio for two curves.
 
     Args:
-        budgets: (K,), rising, at least two.
+        spent_baseline: (K,), judgements, rising from above 0.
         baseline: (K,), results of the baseline.
-        strategy: (K,).
+        spent_strategy: (L,), likewise.
+        strategy: (L,).
     """
-    logs = np.log(np.asarray(budgets, np.float64))
-    rising = np.arange(logs.size) * _LEAST_SLOPE
-    base, own = (isotonic_regression(curve).x + rising for curve in (baseline, strategy))
+    base_logs, own_logs = np.log(spent_baseline), np.log(spent_strategy)
+    base, own = isotonic_regression(baseline).x, isotonic_regression(strategy).x
     low, high = max(base[0], own[0]), min(base[-1], own[-1])
-    if low > high:
-        return float(np.exp((logs[-1] - logs[0]) * (1 if own[0] > base[-1] else -1)))
-    levels = np.linspace(low, high, _LEVELS)
-    return float(np.exp(np.mean(np.interp(levels, base, logs) - np.interp(levels, own, logs))))
+    if low > high + _ROUNDING:
+        better = own[0] > base[-1]
+        apart = base_logs[-1] - own_logs[0] if better else base_logs[0] - own_logs[-1]
+        return Ratio(float(np.exp(apart)), "at least" if better else "at most")
+    levels = np.linspace(low, max(low, high), _LEVELS)
+    return Ratio(float(np.exp(np.mean(_needed(levels, base, base_logs) - _needed(levels, own, own_logs)))), None)
+
+
+def _needed(levels: FloatArray, curve: FloatArray, logs: FloatArray) -> FloatArray:
+    """The least log of judgements at which a rising curve reaches each level."""
+    reached = np.searchsorted(curve, levels - _ROUNDING).clip(max=len(curve) - 1)
+    before = np.maximum(reached - 1, 0)
+    step = curve[reached] - curve[before]
+    share = np.where(step > 0, (levels - curve[before]) / np.where(step > 0, step, 1.0), 1.0).clip(0, 1)
+    needed: FloatArray = logs[before] + share * (logs[reached] - logs[before])
+    return needed
 
 
 def efficiency_interval(
-    budgets: Sequence[int], baseline: FloatArray, strategy: FloatArray, bootstrap: Bootstrap
-) -> Interval | None:
+    spent_baseline: Sequence[float],
+    baseline: FloatArray,
+    spent_strategy: Sequence[float],
+    strategy: FloatArray,
+    bootstrap: Bootstrap,
+) -> Efficiency | None:
     """The ratio with its interval over seeds; the two share each seed, and are drawn together.
 
     Args:
-        budgets: (K,), rising.
+        spent_baseline: (K,), rising.
         baseline: (S, K), of each seed.
-        strategy: (S, K).
+        spent_strategy: (L,), rising.
+        strategy: (S, L).
         bootstrap: over the S seeds.
     """
 
     def statistic(weights: FloatArray) -> FloatArray:
         total = weights.sum(axis=1, keepdims=True)
         curves = zip(weights @ baseline / total, weights @ strategy / total, strict=True)
-        return np.array([efficiency(budgets, base, own) for base, own in curves])
+        return np.array([efficiency(spent_baseline, base, spent_strategy, own).value for base, own in curves])
 
-    return bootstrap.interval(statistic)
+    found = bootstrap.interval(statistic)
+    whole = efficiency(spent_baseline, baseline.mean(axis=0), spent_strategy, strategy.mean(axis=0))
+    return None if found is None else Efficiency(**found, bound=whole.bound)

@@ -7,20 +7,22 @@ that was killed, or given more seeds, budgets or strategies, plays only what is 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from itertools import groupby
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dissonance.artifacts import read_json, versions, write_json
+from dissonance.artifacts import locked, read_json, sweep, versions, write_json
 from dissonance.bench.cell import Cell, baseline, cells_of, play
 from dissonance.bench.config import BASELINE, BenchConfig, SeedSet
 from dissonance.bench.efficiency import efficiency_interval
 from dissonance.bench.setting import Place, make_setting, place
 from dissonance.callables import import_callable
 from dissonance.engine.local import worker_pool
-from dissonance.errors import SettingsError
+from dissonance.errors import RunError, SettingsError
 from dissonance.evaluate.statistics import Bootstrap, FloatArray, Interval
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.report.bench import write_bench_report
@@ -56,15 +58,40 @@ def bench(
     """
     out = Path(out)
     places = _places(config, out, seeds)
-    _play_all(config, places, out, workers, progress)
-    summary = {"seeds": seeds, **summarise(config, places, out), "versions": versions()}
-    write_json(out / "summary.json", summary)
-    write_bench_report(out, summary)
+    check_folder(out)
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    (out / "settings").mkdir(exist_ok=True)
+    with locked(out):
+        for folder in (out, out / "cells", out / "settings"):
+            sweep(folder)
+        _play_all(config, places, out, workers, progress)
+        summary = {
+            "seeds": seeds,
+            "feedback": next(iter(config.feedback)),
+            **summarise(config, places, out),
+            "versions": versions(),
+        }
+        write_json(out / "summary.json", summary)
+        write_bench_report(out, summary)
     return summary
 
 
-def plan(config: BenchConfig, out: Path, seeds: SeedSet = "confirmation") -> dict[str, Any]:
+def check_folder(out: Path) -> None:
+    """Refuse what is no benchmark's folder, before anything is written.
+
+    Raises:
+        RunError: it is a file, or a folder that holds something else.
+    """
+    if out.is_file():
+        raise RunError(f"{out} is a file: --out names a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "cells").is_dir():
+        raise RunError(f"{out} is there, and is no benchmark's folder: name another with --out")
+
+
+def plan(config: BenchConfig, out: Path | str, seeds: SeedSet = "confirmation") -> dict[str, Any]:
     """What a benchmark would do: counts of settings and cells, and how many of them are there."""
+    out = Path(out)
+    check_folder(out)
     places = _places(config, out, seeds)
     cells = [cell for here in places for cell in cells_of(config, here)]
     return {
@@ -81,9 +108,9 @@ def _places(config: BenchConfig, out: Path, seeds: SeedSet) -> list[Place]:
     chosen = getattr(config.seeds, seeds)
     if not chosen:
         raise SettingsError(f"seeds.{seeds} is empty: name some, or take the other set")
-    for of in config.strategies.values():
-        if of.strategy and ":" in of.strategy:
-            import_callable(of.strategy, "strategy")
+    for named in config.asked.values():
+        if ":" in named:
+            import_callable(named, "strategy")
     return [place(config, task, name, seed, out) for seed in chosen for name in config.worlds for task in config.tasks]
 
 
@@ -91,7 +118,6 @@ def _play_all(
     config: BenchConfig, places: Sequence[Place], out: Path, workers: int | None, progress: ProgressFactory
 ) -> None:
     """Make every setting; as each is done, play its cells, strategy by strategy."""
-    (out / "cells").mkdir(parents=True, exist_ok=True)
     missing = {here: [c for c in cells_of(config, here) if not c.file(config, out).is_file()] for here in places}
     places = [here for here in places if missing[here] or not (here.folder / "baseline.json").is_file()]
     total = sum(1 + len(missing[here]) for here in places)
@@ -113,6 +139,8 @@ def _play_all(
                         then[pool.submit(_play, group, config, out)] = (len(group), [])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
             raise
 
 
@@ -187,50 +215,67 @@ def _table(cells: Sequence[Mapping[str, Any]], replicates: int) -> list[dict[str
 
 
 def _against_baseline(config: BenchConfig, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Label efficiency by either measure, and differences to the baseline seed by seed; of the first feedback."""
+    """Label efficiency by either measure, and differences to the baseline seed by seed; of the first feedback.
+
+    A strategy that has not the baseline's cells, or only one that spends anything, has neither.
+    """
     first = next(iter(config.feedback))
-    budgets = sorted(config.budgets)
     found: dict[str, Any] = {"label_efficiency": {}, "label_efficiency_accuracy": {}, "paired": {}}
-    if BASELINE not in config.strategies or len(budgets) < 2:
-        return found
     for task in config.tasks:
-        of_task = [cell for cell in cells if cell["task"] == task and cell["feedback"] == first]
-        curves = {
-            name: {measure: _curves(of_task, name, measure, budgets) for measure in MEASURES}
-            for name in config.strategies
-        }
-        if any(array is None for of in curves.values() for array in of.values()):
+        of_task = [cell for cell in cells if (cell["task"], cell["feedback"]) == (task, first)]
+        curves = {name: _curve([cell for cell in of_task if cell["strategy"] == name]) for name in config.strategies}
+        base = curves.get(BASELINE)
+        if base is None:
             continue
-        base = curves[BASELINE]
-        bootstrap = _bootstrap(len(base[MEASURES[0]]), config.replicates)
+        bootstrap = _bootstrap(len(base.seeds), config.replicates)
+        others = {n: c for n, c in curves.items() if n != BASELINE and c is not None and c.seeds == base.seeds}
         for key, measure in zip(("label_efficiency", "label_efficiency_accuracy"), MEASURES, strict=True):
             found[key][task] = {
-                name: efficiency_interval(budgets, base[measure], of[measure], bootstrap)
-                for name, of in curves.items()
-                if name != BASELINE
+                name: efficiency_interval(base.spent, base.of[measure], own.spent, own.of[measure], bootstrap)
+                for name, own in others.items()
             }
         found["paired"][task] = {
             name: {
                 measure: {
-                    str(budget): bootstrap.mean(of[measure][:, k] - base[measure][:, k])
-                    for k, budget in enumerate(budgets)
+                    str(budget): bootstrap.mean(own.of[measure][:, k] - base.of[measure][:, base.budgets.index(budget)])
+                    for k, budget in enumerate(own.budgets)
+                    if budget in base.budgets
                 }
                 for measure in MEASURES
             }
-            for name, of in curves.items()
-            if name != BASELINE
+            for name, own in others.items()
         }
     return found
 
 
-def _curves(cells: Sequence[Mapping[str, Any]], strategy: str, measure: str, budgets: Sequence[int]) -> Any:
-    """(S, K) by seed and budget; None where a cell is not part of the benchmark."""
-    values = {(cell["seed"], cell["budget"]): cell[measure] for cell in cells if cell["strategy"] == strategy}
-    seeds = sorted({seed for seed, _ in values})
-    if not seeds or len(values) < len(seeds) * len(budgets):
+@dataclass(frozen=True)
+class _Curve:
+    """A strategy's results by budget and seed."""
+
+    seeds: tuple[int, ...]
+    budgets: tuple[int, ...]
+    spent: tuple[float, ...]
+    """(K,), mean judgements over the seeds: less than the budget where there was no more to ask."""
+    of: Mapping[str, FloatArray]
+    """(S, K), by measure."""
+
+
+def _curve(cells: Sequence[Mapping[str, Any]]) -> _Curve | None:
+    """None of fewer than two budgets that spend more and more."""
+    by_place = {(cell["seed"], cell["budget"]): cell for cell in cells}
+    seeds = tuple(sorted({seed for seed, _ in by_place}))
+    spent = {
+        budget: float(np.mean([by_place[seed, budget]["judgements"] for seed in seeds]))
+        for budget in sorted({budget for _, budget in by_place})
+    }
+    budgets = [budget for k, budget in enumerate(spent) if spent[budget] > max([0.0, *list(spent.values())[:k]])]
+    if len(budgets) < 2:
         return None
-    array: FloatArray = np.array([[values[seed, budget] for budget in budgets] for seed in seeds])
-    return array
+    of = {
+        measure: np.array([[by_place[seed, budget][measure] for budget in budgets] for seed in seeds])
+        for measure in MEASURES
+    }
+    return _Curve(seeds, tuple(budgets), tuple(spent[budget] for budget in budgets), of)
 
 
 def _detection(places: Sequence[Place], replicates: int) -> list[dict[str, Any]]:
@@ -245,7 +290,8 @@ def _detection(places: Sequence[Place], replicates: int) -> list[dict[str, Any]]
             groups[here.task, here.name, *(row[key] for key in keys)].append(row)
             most[here.task, here.name] = max(most.get((here.task, here.name), 0), row["n"])
         for metric, rates in found["bands"].items():
-            bands[here.task, here.name, metric].append(rates)
+            if rates is not None:
+                bands[here.task, here.name, metric].append(rates)
     rows = []
     for (task, world, subset, n, level, metric), of in groups.items():
         is_most = n == most[task, world]
@@ -253,6 +299,7 @@ def _detection(places: Sequence[Place], replicates: int) -> list[dict[str, Any]]
         measured = {key: _interval([row[key] for row in of], replicates) for key in ("auc", "correlation", "error")}
         row = {**named, "most": is_most, **measured}
         if is_most and subset == "all" and level == "pair":
-            row["deciles"] = np.mean(bands[task, world, metric], axis=0).tolist()
+            known_bands = bands[task, world, metric]
+            row["deciles"] = np.mean(known_bands, axis=0).tolist() if known_bands else None
         rows.append(row)
     return rows

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+import dissonance
 from dissonance.artifacts import atomic_folder, fingerprint, read_table, versions, write_json, write_table
 from dissonance.bench.config import BenchConfig, PoolConfig
 from dissonance.config import AuditConfig, PolicyConfig, PromptsConfig, RewardConfig
@@ -22,6 +23,7 @@ from dissonance.selection.pool import FloatArray, Pool, pool_from_tables
 MAX_NEW_TOKENS = 32
 """No answer of a world needs more."""
 
+_NO_NUMBERS = ("cli", "report")
 _KEPT = 2
 """Settings that a process keeps in memory: its tasks come setting by setting."""
 
@@ -50,9 +52,18 @@ def place(config: BenchConfig, task: Task, name: str, seed: int, out: Path) -> P
         "world": world_fingerprint(world),
         "reference": world_fingerprint(_unlearned(world)),
         **config.model_dump(mode="json", include={"pool", "held_out", "reward", "ensemble"}),
+        "code": _code(),
         "versions": versions(),
     }
     return Place(task, name, seed, world, out / "settings" / fingerprint(decides)[:16])
+
+
+@cache
+def _code() -> str:
+    """All of the package that may change a number: a benchmark of other code is another."""
+    package = Path(dissonance.__file__).parent
+    files = [file for file in sorted(package.rglob("*.py")) if file.relative_to(package).parts[0] not in _NO_NUMBERS]
+    return fingerprint([[str(file.relative_to(package)), file.read_text(encoding="utf-8")] for file in files])
 
 
 def make_setting(here: Place, config: BenchConfig) -> None:
@@ -78,7 +89,8 @@ def make_setting(here: Place, config: BenchConfig) -> None:
 
 
 def _unlearned(world: World) -> World:
-    return World(task=world.task, seed=world.seed, policy_competence=0.0)
+    """Its policy has learnt to speak from as many answers, none of which is right on purpose."""
+    return World(task=world.task, seed=world.seed, policy_competence=0.0, n_demonstrations=world.n_demonstrations)
 
 
 def _measure(sandbox: Sandbox, here: Place, name: str, part: PoolConfig, reference: Path | None, folder: Path) -> None:

@@ -65,7 +65,8 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
                     f"  {name:28}{row['budget']:6,} {said(row['gold_reward']):26}{said(row['reward_accuracy'])}"
                 )
         for name, interval in found["label_efficiency"].get(task, {}).items():
-            lines.append(f"  a label by {name} is worth {said(interval)} of random_pairs")
+            bound = "" if interval is None or interval["bound"] is None else f"{interval['bound']} "
+            lines.append(f"  a label by {name} is worth {bound}{said(interval)} of random_pairs")
         for metric, one in found["error_detection"].get(task, {}).items():
             lines.append(f"  AUC of {metric} for the proxy's errors: {said(one['auc'])}")
     return lines

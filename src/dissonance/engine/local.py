@@ -2,10 +2,16 @@
 
 import gc
 import os
+import signal
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from dissonance.errors import SettingsError
+
+_LOOK_EVERY = 1.0
+"""Seconds between two looks at whether the parent is there."""
 
 
 def worker_pool(most: int, workers: int | None = None) -> ProcessPoolExecutor:
@@ -35,6 +41,8 @@ def _alone() -> None:
     What the libraries hold for good is kept from the garbage collector: it is called whenever a model goes, and to walk
     through them takes longer than a step of training.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     import torch
 
     import dissonance.loop
@@ -44,3 +52,10 @@ def _alone() -> None:
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone; without it, nothing would tell."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_EVERY)
+    os._exit(1)

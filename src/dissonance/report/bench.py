@@ -35,14 +35,9 @@ def write_bench_report(out: Path, summary: Mapping[str, Any]) -> Path:
     return path
 
 
-def _first_feedback(summary: Mapping[str, Any]) -> str | None:
-    return summary["table"][0]["feedback"] if summary["table"] else None
-
-
 def _curves(summary: Mapping[str, Any]) -> Iterator[Figure]:
     """A learning curve of each strategy, before the baseline's, by task and measure."""
-    feedback = _first_feedback(summary)
-    of_first = [row for row in summary["table"] if row["feedback"] == feedback]
+    of_first = [row for row in summary["table"] if row["feedback"] == summary["feedback"]]
     for task in dict.fromkeys(row["task"] for row in of_first):
         for measure, title in _MEASURES.items():
             rows = [_point(row, measure) for row in of_first if row["task"] == task]
@@ -100,7 +95,7 @@ def _curve_chart(rows: Sequence[dict[str, Any]], title: str, start: float) -> di
 
 def _efficiencies(summary: Mapping[str, Any]) -> Iterator[Figure]:
     for task, found in summary["label_efficiency"].items():
-        rows = [{"what": name, **interval} for name, interval in found.items() if interval is not None]
+        rows = [{"what": _worth(name, one), **one} for name, one in found.items() if one is not None]
         if not rows:
             continue
         said = "; ".join(f"{row['what']} {in_words(row, 2)}" for row in rows)
@@ -113,6 +108,10 @@ def _efficiencies(summary: Mapping[str, Any]) -> Iterator[Figure]:
             description=f"Label efficiency, {task}: {said}.",
             spec=_interval_chart(rows, "judgements of random pairs that one is worth", 1.0, log=True),
         )
+
+
+def _worth(name: str, found: Values) -> str:
+    return name if found["bound"] is None else f"{name} ({found['bound']})"
 
 
 def _detections(summary: Mapping[str, Any]) -> Iterator[Figure]:

@@ -71,8 +71,9 @@ def select(
     name, ask = _named(strategy)
     if budget < 1:
         raise SettingsError(f"the budget is {budget} judgements: give at least 1")
-    _check_option(name, ask, "tau", tau)
-    _check_option(name, ask, "delta", delta)
+    own = name if ask in STRATEGIES.values() else None
+    check_option(own, "tau", tau)
+    check_option(own, "delta", delta)
     thresholds = effective_thresholds(pool, tau, delta)
     queries = tuple(ask(pool, budget, thresholds, rng))
     _check_queries(pool, name, queries, budget)
@@ -114,11 +115,12 @@ def _named(strategy: str | Strategy) -> tuple[str, Strategy]:
     return strategy, STRATEGIES[strategy]
 
 
-def _check_option(name: str, ask: Strategy, option: ThresholdName, threshold: Threshold | None) -> None:
+def check_option(name: str | None, option: ThresholdName, threshold: Threshold | None) -> None:
+    """Refuse a threshold that is none, or that the built-in strategy of this name does not use; with SettingsError."""
     if threshold is None:
         return
     check_threshold(threshold, option)
-    if ask in STRATEGIES.values() and option not in _TAKES.get(name, ()):
+    if name in STRATEGIES and option not in _TAKES.get(name, ()):
         users = ", ".join(user for user, options in _TAKES.items() if option in options)
         raise SettingsError(f"strategy {name!r} uses no {option}: leave it out, or choose one of {users}")
 
