@@ -182,7 +182,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(
         reply = client.post("/answers", data=form, headers={"HX-Request": "true"})
         assert (reply.status_code, says in reply.text) == (status, True), reply.text
         assert "\n" not in reply.text
-        assert "q1" not in reply.text
+        assert not re.search(r"\bq1\b", reply.text)  # tokens are random, and may hold it
         assert store.labels() == []
 
 
@@ -375,7 +375,7 @@ def test_the_api_answers_in_the_order_it_gives(tmp_path: Path) -> None:
             refused = client.post("/api/answers", content=text, headers={"Content-Type": "application/json"})
             assert refused.status_code == 422, change
             assert "\n" not in refused.json()["detail"]
-            assert "q1" not in refused.text
+            assert not re.search(r"\bq1\b", refused.text)
         assert (
             client.post("/api/answers", content=b"{", headers={"Content-Type": "application/json"}).status_code == 422
         )

@@ -146,7 +146,8 @@ def _play_all(
 
 def _make(here: Place, config: BenchConfig) -> None:
     make_setting(here, config)
-    write_json(here.folder / "baseline.json", baseline(here))
+    if not (here.folder / "baseline.json").is_file():
+        write_json(here.folder / "baseline.json", baseline(here))
 
 
 def _play(cells: Sequence[Cell], config: BenchConfig, out: Path) -> None:

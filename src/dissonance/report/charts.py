@@ -253,6 +253,8 @@ def spec(chart: alt.LayerChart | alt.FacetChart, height: int, **datasets: list[d
         ),
         legend=alt.LegendConfig(orient="top", labelColor="var(--muted)", titleColor="var(--muted)", labelFontSize=12),
     )
-    sized = chart.properties(width="container", height=height).configure(**config.to_dict())
+    # The panels of a facet have sizes of their own.
+    fitted = chart if isinstance(chart, alt.FacetChart) else chart.properties(width="container", height=height)
+    sized = fitted.configure(**config.to_dict())
     # The parts were validated as they were made; validating the whole again takes as long as everything else here.
     return {**sized.to_dict(validate=False), "datasets": datasets}
