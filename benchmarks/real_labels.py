@@ -326,7 +326,9 @@ def summarise(found: Sequence[dict[str, Any]], seeds: int) -> dict[str, Any]:
     ]
     efficiency = {
         measure: {
-            name: efficiency_interval(BUDGETS, curves("random_pairs", measure), curves(name, measure), bootstrap)
+            name: efficiency_interval(
+                BUDGETS, curves("random_pairs", measure), BUDGETS, curves(name, measure), bootstrap
+            )
             for name in STRATEGIES
             if name != "random_pairs"
         }
@@ -354,9 +356,10 @@ def show(summary: dict[str, Any]) -> None:
 
 def said(interval: Any, decimals: int = 3) -> str:
     """An estimate with its interval."""
+    bound = f"{interval['bound']} " if interval.get("bound") else ""
     if interval["low"] is None:
-        return f"{interval['mean']:.{decimals}f}"
-    return f"{interval['mean']:.{decimals}f} ({interval['low']:.{decimals}f} to {interval['high']:.{decimals}f})"
+        return f"{bound}{interval['mean']:.{decimals}f}"
+    return f"{bound}{interval['mean']:.{decimals}f} ({interval['low']:.{decimals}f} to {interval['high']:.{decimals}f})"
 
 
 if __name__ == "__main__":
