@@ -21,12 +21,12 @@ def import_callable(name: str, role: str) -> Callable[..., Any]:
     _search_here()
     try:
         with redirect_stdout(sys.stderr):  # stdout is for what was asked of the command
-            found = getattr(importlib.import_module(module_name), attribute)
+            found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
     except Exception as error:  # whatever the user's module raises
         raise ModelError(f"{role}: {name} cannot be imported: {error!r}") from error
     if not callable(found):
         raise ModelError(f"{role}: {name} is a {type(found).__name__}, not a callable")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def function_source(name: str) -> Path | None:

@@ -22,8 +22,9 @@ from dissonance.feedback.annotators.simulated import SimulatedAnnotator, Simulat
 from dissonance.records import Label, Preference, Prompt, Query, Question
 from dissonance.sandbox import cell as cell_of
 from dissonance.sandbox import gold_reward
-from dissonance.selection import Pool, parse_threshold, queries_table, select
+from dissonance.selection import Pool, parse_threshold, select
 from dissonance.selection.pool import FloatArray
+from dissonance.selection.selection import query_id
 
 _GRADED_ANSWERS = 4
 """Answers of a trained policy to each held-out prompt."""
@@ -153,17 +154,15 @@ def _as_ratings(pool: Pool, queries: Sequence[Query], budget: int) -> list[Query
 
 
 def _questions(answers: Answers, queries: Sequence[Query]) -> dict[str, Question]:
-    from dissonance.selection import Selection, Thresholds
-
-    ids = queries_table(Selection("bench", tuple(queries), Thresholds(), ()))["query_id"].to_pylist()
     number = {name: p for p, name in enumerate(answers.prompts["prompt_id"].to_pylist())}
     categories = answers.prompts["category"].to_pylist()
     found = {}
-    for query_id, query in zip(ids, queries, strict=True):
+    for query in queries:
         p = number[query.prompt_id]
         texts = tuple(answers.texts[p][k] for k in query.completion_ids)
-        found[query_id] = Question(
-            query_id, query.prompt_id, query.kind, answers.conversations[p], query.completion_ids, texts, categories[p]
+        name = query_id(query, 0)
+        found[name] = Question(
+            name, query.prompt_id, query.kind, answers.conversations[p], query.completion_ids, texts, categories[p]
         )
     return found
 
@@ -172,8 +171,8 @@ def _ask(questions: Mapping[str, Question], setting: Setting, feedback: Feedback
     """Everybody's answers; ratings mean fifths of the gold of the whole pool."""
     world, pool = setting.sandbox.world, setting.pool
     of = {
-        query_id: tuple(gold_reward(world, question.messages[-1].content, text) for text in question.completions)
-        for query_id, question in questions.items()
+        name: tuple(gold_reward(world, question.messages[-1].content, text) for text in question.completions)
+        for name, question in questions.items()
     }
     cuts = np.quantile(pool.gold, [0.2, 0.4, 0.6, 0.8]).tolist()
     labels = []
@@ -187,8 +186,8 @@ def _ask(questions: Mapping[str, Question], setting: Setting, feedback: Feedback
         )
         person = SimulatedAnnotator(settings, Rewards(of, tuple(cuts)))
         labels += [
-            Label(who * len(questions) + k, query_id, person.name, person.kind, person.answer(question), 0.0)
-            for k, (query_id, question) in enumerate(questions.items())
+            Label(who * len(questions) + k, name, person.name, person.kind, person.answer(question), 0.0)
+            for k, (name, question) in enumerate(questions.items())
         ]
     return labels
 

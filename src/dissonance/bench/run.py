@@ -18,8 +18,9 @@ import numpy as np
 from dissonance.artifacts import locked, read_json, sweep, versions, write_json
 from dissonance.bench.cell import Cell, baseline, cells_of, play
 from dissonance.bench.config import BASELINE, BenchConfig, SeedSet
+from dissonance.bench.detection import detect
 from dissonance.bench.efficiency import efficiency_interval
-from dissonance.bench.setting import Place, make_setting, place
+from dissonance.bench.setting import Place, load_setting, make_setting, place
 from dissonance.callables import import_callable
 from dissonance.engine.local import worker_pool
 from dissonance.errors import RunError, SettingsError
@@ -28,7 +29,6 @@ from dissonance.progress import ProgressFactory, quiet
 from dissonance.report.bench import write_bench_report
 
 MEASURES = ("gold_reward", "reward_accuracy")
-_MOST_WORKERS = 256
 
 
 def bench(
@@ -97,7 +97,7 @@ def plan(config: BenchConfig, out: Path | str, seeds: SeedSet = "confirmation") 
     return {
         "seeds": sorted({here.seed for here in places}),
         "settings": len(places),
-        "settings_made": sum(here.folder.is_dir() for here in places),
+        "settings_made": sum(_is_made(here) for here in places),
         "cells": len(cells),
         "cells_played": sum(cell.file(config, out).is_file() for cell in cells),
     }
@@ -119,11 +119,11 @@ def _play_all(
 ) -> None:
     """Make every setting; as each is done, play its cells, strategy by strategy."""
     missing = {here: [c for c in cells_of(config, here) if not c.file(config, out).is_file()] for here in places}
-    places = [here for here in places if missing[here] or not (here.folder / "baseline.json").is_file()]
+    places = [here for here in places if missing[here] or not _is_made(here)]
     total = sum(1 + len(missing[here]) for here in places)
     if not total:
         return
-    with progress("worlds and cells", total, "cells") as advance, worker_pool(_MOST_WORKERS, workers) as pool:
+    with progress("worlds and cells", total, "cells") as advance, worker_pool(total, workers) as pool:
         then: dict[Future[None], tuple[int, list[list[Cell]]]] = {}
         try:
             for here in places:
@@ -146,8 +146,14 @@ def _play_all(
 
 def _make(here: Place, config: BenchConfig) -> None:
     make_setting(here, config)
-    if not (here.folder / "baseline.json").is_file():
+    if not _is_made(here):
+        write_json(here.folder / "detection.json", detect(load_setting(here), here.world))
         write_json(here.folder / "baseline.json", baseline(here))
+
+
+def _is_made(here: Place) -> bool:
+    """Whether all of a setting is there, of which the baseline comes last."""
+    return (here.folder / "baseline.json").is_file()
 
 
 def _play(cells: Sequence[Cell], config: BenchConfig, out: Path) -> None:

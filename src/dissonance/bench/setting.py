@@ -1,6 +1,5 @@
 """A world with its answers: what every cell of a task and a seed chooses from, and is graded on; made once."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -9,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 
 import dissonance
-from dissonance.artifacts import atomic_folder, fingerprint, read_table, versions, write_json, write_table
+from dissonance.artifacts import atomic_folder, fingerprint, read_table, versions, write_table
 from dissonance.bench.config import BenchConfig, PoolConfig
 from dissonance.config import AuditConfig, PolicyConfig, PromptsConfig, RewardConfig
+from dissonance.conflict import conflicts
+from dissonance.likelihood import Likelihood, loglikelihood
 from dissonance.measuring import measure_round, prepare
 from dissonance.progress import quiet
 from dissonance.prompts import load_prompts
@@ -67,12 +68,11 @@ def _code() -> str:
 
 
 def make_setting(here: Place, config: BenchConfig) -> None:
-    """Build the world, sample and score, train the ensemble, look at the proxy's errors; nothing if that is done.
+    """Build the world, sample and score, train the ensemble; nothing if that is done.
 
     Leaves pool/ and held_out/, each with prompts.parquet and completions.parquet as in a run's round. The pool's have
     `ref_logprob`, of a policy of the same world that never saw what is right, and `member_rewards`.
     """
-    from dissonance.bench.detection import detect
     from dissonance.huggingface import quiet_transformers
     from dissonance.sandbox.train import train_policy
 
@@ -85,7 +85,6 @@ def make_setting(here: Place, config: BenchConfig) -> None:
         for name, part, reference in (("pool", config.pool, folder / "reference"), ("held_out", config.held_out, None)):
             _measure(sandbox, here, name, part, reference, folder)
         _add_ensemble(sandbox, config, here.seed, folder)
-        write_json(folder / "detection.json", detect(read_setting(folder, here.world), here.world))
 
 
 def _unlearned(world: World) -> World:
@@ -145,20 +144,17 @@ class Answers:
     reward: FloatArray
     """(P, N), the proxy's."""
 
-    def pool(self, likelihood: str) -> Pool:
+    def pool(self, likelihood: Likelihood) -> Pool:
         """What a strategy chooses from, with the conflict of that likelihood."""
-        from dissonance.conflict import conflicts
-        from dissonance.likelihood import loglikelihood
-
         table = self.completions
-        values = loglikelihood(table, likelihood)  # type: ignore[arg-type]  # checked there
+        values = loglikelihood(table, likelihood)
         n = self.gold.shape[1]
         found = conflicts(self.reward.ravel(), values, np.arange(len(self.texts) + 1) * n)
         scored = table.set_column(table.schema.get_field_index("pacs"), "pacs", pa.array(found.pacs))
         asked = self.prompts
         for name, column in (("kendall_tau_distance", found.kendall_tau_distance), ("degenerate", found.degenerate)):
             asked = asked.set_column(asked.schema.get_field_index(name), name, pa.array(column))
-        return pool_from_tables(asked, scored, likelihood)  # type: ignore[arg-type]
+        return pool_from_tables(asked, scored, likelihood)
 
 
 @dataclass(frozen=True)
@@ -172,26 +168,21 @@ class Setting:
     """What the proxy learnt from."""
 
 
+@lru_cache(maxsize=_KEPT)
 def load_setting(here: Place) -> Setting:
     """A setting that was made; the last few stay in memory."""
-    return read_setting(here.folder, here.world)
-
-
-@lru_cache(maxsize=_KEPT)
-def read_setting(folder: Path, world: World) -> Setting:
-    """Read the tables of a setting's folder."""
     from dissonance.refine.pairs import read_preferences
 
-    sandbox = build_sandbox(world)
+    sandbox = build_sandbox(here.world)
     return Setting(
         sandbox=sandbox,
-        pool=_answers(folder / "pool", world, gold_reward),
-        held_out=_answers(folder / "held_out", world, gold_reward),
+        pool=_answers(here.folder / "pool", here.world),
+        held_out=_answers(here.folder / "held_out", here.world),
         original=tuple(read_preferences(sandbox.preferences)),
     )
 
 
-def _answers(folder: Path, world: World, gold: Callable[[World, str, str], float]) -> Answers:
+def _answers(folder: Path, world: World) -> Answers:
     prompts, unordered = read_table(folder / "prompts.parquet"), read_table(folder / "completions.parquet")
     place_of = {name: row for row, name in enumerate(prompts["prompt_id"].to_pylist())}
     rows = zip(unordered["prompt_id"].to_pylist(), unordered["completion_id"].to_pylist(), strict=True)
@@ -204,7 +195,8 @@ def _answers(folder: Path, world: World, gold: Callable[[World, str, str], float
         tuple(Message(turn["role"], turn["content"]) for turn in turns) for turns in prompts["messages"].to_pylist()
     )
     values = [
-        [gold(world, turns[-1].content, text) for text in row] for turns, row in zip(conversations, texts, strict=True)
+        [gold_reward(world, turns[-1].content, text) for text in row]
+        for turns, row in zip(conversations, texts, strict=True)
     ]
     reward = completions["reward"].to_numpy().reshape(len(prompts), n)
     return Answers(prompts, completions, conversations, texts, np.array(values), reward)

@@ -93,7 +93,7 @@ def queries_table(selection: Selection, round_number: int = 0) -> pa.Table:
     """
     rows = [
         {
-            "query_id": _query_id(query, round_number),
+            "query_id": query_id(query, round_number),
             "prompt_id": query.prompt_id,
             "kind": query.kind,
             "completion_ids": query.completion_ids,
@@ -125,7 +125,8 @@ def check_option(name: str | None, option: ThresholdName, threshold: Threshold |
         raise SettingsError(f"strategy {name!r} uses no {option}: leave it out, or choose one of {users}")
 
 
-def _query_id(query: Query, round_number: int) -> str:
+def query_id(query: Query, round_number: int) -> str:
+    """A query's id in a round, whichever strategy asked it."""
     # The first round's number is left out: labels that are there keep their queries.
     content = [query.prompt_id, query.kind, sorted(query.completion_ids), *([round_number] if round_number else [])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
