@@ -4,16 +4,16 @@ The pool: XSTest's 450 prompts with five models' answers each, and a person's la
 refusal or refusal. On a safe prompt compliance is better than refusal, on an unsafe one the reverse. The policy is a
 language model that reads the answers; the proxy a Bradley-Terry head on its last hidden states, averaged over the
 answer, trained on pairs of unsafe prompts alone, so that it learns to refuse always. Then every strategy spends the
-same judgements on labels of the training prompts, safe and unsafe, and the head is fitted again to old and new pairs.
+same judgements on labels of prompts, safe and unsafe, and the head is fitted again to old and new pairs.
 
+    python benchmarks/real_labels.py xstest_completions.jsonl.gz --model real/base --development
     python benchmarks/real_labels.py xstest_completions.jsonl.gz --model real/base
 
-Rows of the file: id, type, prompt, prompt_label, model, completion, human_label. A seed splits the prompts anew, by
-question and its unsafe counterparts of one type: two thirds to learn and to ask about, one third to grade.
+Rows of the file: id, type, prompt, prompt_label, model, completion, human_label, split. Every seed chooses from a pool
+of two thirds of the training questions, a question and its contrasts being one; in development it is graded on the rest
+of the training prompts, in confirmation on all test prompts. Intervals draw the graded questions and the seeds anew.
 `sum` and `mean` are the answer's log-likelihood under the model; `relative` is less that of the same answer to no
 question: the model has no public base to be relative to.
-
-Development seeds were looked at while the method was chosen, confirmation seeds only for the table.
 """
 
 import argparse
@@ -30,52 +30,67 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
+from dissonance.bench.cell import choose
+from dissonance.bench.config import BASELINE, FeedbackKind, StrategyConfig
 from dissonance.bench.efficiency import efficiency_interval
 from dissonance.conflict import conflicts
 from dissonance.evaluate.detection import correctness, ordered_pairs, predictors
 from dissonance.evaluate.statistics import Bootstrap, FloatArray, auc_of
-from dissonance.selection import Pool, select
+from dissonance.selection import Pool
 
-LONGEST = 64
-"""Tokens of an answer that are read: a refusal shows at once."""
+TOKENS = (64, 256)
+"""How much of an answer is read: what shows a refusal at once, or all that the file holds."""
+END_OF_SENTENCE = ".!?\"')]*`"
+"""An answer that ends otherwise was cut, and gets no end-of-sequence token."""
+READ_AT_ONCE = 16
 WORTH = {"compliance": 1.0, "partial_refusal": 0.5, "refusal": 0.0}
 BUDGETS = (8, 16, 32, 64, 128, 256)
+RATINGS = FeedbackKind(ask="ratings")
+COMPARISONS = FeedbackKind()
 STRATEGIES = {
-    "random_pairs": ("random_pairs", "sum"),
-    "random_prompts": ("random_prompts", "sum"),
-    "shf_cas": ("shf_cas", "sum"),
-    "pacs": ("pacs", "sum"),
-    "kendall": ("kendall", "sum"),
-    "spread": ("spread", "sum"),
-    "spread_mean": ("spread", "mean"),
-    "spread_relative": ("spread", "relative"),
-    "discordant": ("discordant", "sum"),
-    "discordant_mean": ("discordant", "mean"),
-    "discordant_relative": ("discordant", "relative"),
-    "margin": ("margin", "sum"),
-    "ensemble": ("ensemble", "sum"),
-    "rso": ("rso", "sum"),
-    "apl": ("apl", "sum"),
+    BASELINE: (StrategyConfig(), COMPARISONS),
+    **{
+        f"{name}{suffix}": (StrategyConfig(strategy=name, likelihood=likelihood), COMPARISONS)
+        for name in ("spread", "discordant")
+        for suffix, likelihood in (("", "sum"), ("_mean", "mean"), ("_relative", "relative"))
+    },
+    "widest": (StrategyConfig(strategy="benchmarks.controls:widest"), COMPARISONS),
+    "one_pair": (StrategyConfig(strategy="benchmarks.controls:one_pair"), COMPARISONS),
+    "shf_cas": (StrategyConfig(tau="q0.75"), COMPARISONS),
+    "shf_cas_ratings": (StrategyConfig(strategy="shf_cas", tau="q0.75"), RATINGS),
+    "kendall_ratings": (StrategyConfig(strategy="kendall"), RATINGS),
+    "random_prompts_ratings": (StrategyConfig(strategy="random_prompts"), RATINGS),
+    **{
+        name: (StrategyConfig(), COMPARISONS)
+        for name in ("pacs", "kendall", "random_prompts", "margin", "ensemble", "rso", "apl")
+    },
 }
-DEVELOPMENT, CONFIRMATION = range(100, 120), range(40)
+DEVELOPMENT, CONFIRMATION = range(100, 120), range(20)
 MEMBERS = 8
 ORIGINAL_PAIRS = 300
 NEW_WEIGHT = 0.5
 RIDGE = 1e-2
+REPLICATES = 2000
+FAMILIES = {"privacy_public": "privacy", "privacy_fictional": "privacy", "real_group_nons_discr": "discr"}
+"""Types whose contrast has another name."""
 
 
 @dataclass(frozen=True)
 class Data:
     """P prompts with N answers each."""
 
+    train: Any
+    """(P,) bool: to learn and to ask about."""
     group: FloatArray
-    """(P,): prompts of one group are split together."""
+    """(P,): 0..G-1; prompts of one group are one question and its contrasts."""
     unsafe: Any
     """(P,) bool."""
     gold: FloatArray
     """(P, N) in [0, 1]."""
     refusal: Any
     """(P, N) bool."""
+    text_codes: Any
+    """(P, N): within a prompt, equal if and only if the answers are."""
     features: FloatArray
     """(P, N, D), standardised."""
     likelihoods: dict[str, FloatArray]
@@ -87,27 +102,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", type=Path, required=True, help="a causal LM with a chat template")
+    parser.add_argument("--tokens", type=int, choices=TOKENS, default=TOKENS[0], help="how much of an answer is read")
     parser.add_argument("--read", type=Path, default=Path("real/xstest.npz"), help="what the model read is kept here")
-    parser.add_argument("--development", action="store_true", help="take the development seeds")
+    parser.add_argument("--development", action="store_true", help="grade on training prompts, with other seeds")
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     arguments = parser.parse_args()
-    data = load(arguments.data, arguments.model, arguments.read)
+    data = load(arguments.data, arguments.model, arguments.read, arguments.tokens)
     seeds = DEVELOPMENT if arguments.development else CONFIRMATION
-    rows = [play(data, seed) for seed in seeds]
-    summary = summarise(rows, len(seeds))
+    summary = summarise([play(data, seed, development=arguments.development) for seed in seeds])
     show(summary)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def load(path: Path, model: Path, kept: Path) -> Data:
+def load(path: Path, model: Path, kept: Path, tokens: int) -> Data:
     """The labels, and what the model makes of the answers; reading them takes minutes, and is kept."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     names = list(dict.fromkeys(row["id"] for row in rows))
     by_prompt = {name: sorted((r for r in rows if r["id"] == name), key=lambda r: r["model"]) for name in names}
     ordered = [row for name in names for row in by_prompt[name]]
-    digest = hashlib.sha256(json.dumps([[r["prompt"], r["completion"]] for r in ordered]).encode()).hexdigest()
+    read_what = [TOKENS, END_OF_SENTENCE, [[r["prompt"], r["completion"]] for r in ordered]]
+    digest = hashlib.sha256(json.dumps(read_what).encode()).hexdigest()
     if not kept.is_file() or str(np.load(kept)["digest"]) != digest:
         kept.parent.mkdir(parents=True, exist_ok=True)
         np.savez(kept, digest=digest, **read(ordered, model))
@@ -115,50 +131,83 @@ def load(path: Path, model: Path, kept: Path) -> Data:
     shape = (len(names), -1)
     unsafe = np.array([by_prompt[name][0]["prompt_label"] == "unsafe" for name in names])
     worth = np.array([WORTH[row["human_label"]] for row in ordered]).reshape(shape)
-    total, alone, count = (found[name].reshape(shape) for name in ("sum", "alone", "tokens"))
-    features = found["features"].reshape(*total.shape, -1)
+    total, alone, count = (found[name][:, TOKENS.index(tokens)].reshape(shape) for name in ("sum", "alone", "tokens"))
+    features = found["features"][:, TOKENS.index(tokens)].reshape(*total.shape, -1)
     flat = features.reshape(-1, features.shape[-1])
-    kinds = [by_prompt[name][0]["type"].removeprefix("contrast_") for name in names]
-    numbers = Counter()
-    group = []
-    for name, kind in zip(names, kinds, strict=True):
-        # A type has 25 questions and most have a contrast: 25 in the same order that differ in what is unsafe.
-        group.append(f"{kind}-{numbers[by_prompt[name][0]['type']]}")
-        numbers[by_prompt[name][0]["type"]] += 1
+    texts = np.array([row["completion"].strip() for row in ordered])
     return Data(
-        group=np.unique(group, return_inverse=True)[1],
+        train=np.array([by_prompt[name][0]["split"] == "train" for name in names]),
+        group=_groups([by_prompt[name][0] for name in names]),
         unsafe=unsafe,
         gold=np.where(unsafe[:, None], 1 - worth, worth),
         refusal=worth == 0,
+        text_codes=np.unique(texts, return_inverse=True)[1].reshape(shape),
         features=(features - flat.mean(axis=0)) / flat.std(axis=0),
         likelihoods={"sum": total, "mean": total / count, "relative": total - alone},
     )
 
 
+def _groups(prompts: Sequence[dict[str, Any]]) -> Any:
+    """The question of each prompt: a type has 25, and its contrast 25 in the same order, made unsafe."""
+    numbers: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        kind = prompt["type"]
+        family = FAMILIES.get(kind, kind.removeprefix("contrast_"))
+        found.append(f"{family} {numbers[kind]} {prompt['split']}")
+        numbers[kind] += 1
+    return np.unique(found, return_inverse=True)[1]
+
+
 @torch.inference_mode()
 def read(rows: Sequence[dict[str, Any]], path: Path) -> dict[str, FloatArray]:
-    """Log-likelihoods of the answers to their question and to none, and the mean last hidden state of each answer."""
+    """Log-likelihoods of the answers to their question and to none, tokens, and the mean last hidden state.
+
+    Each (rows, len(TOKENS)), with as much of the answer; the states (rows, len(TOKENS), D).
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    found: dict[str, list[Any]] = {"sum": [], "alone": [], "tokens": [], "features": []}
-    for number, row in enumerate(rows):
-        ids = tokenizer(row["completion"].strip(), add_special_tokens=False)["input_ids"][:LONGEST]
-        for name, question in (("sum", row["prompt"]), ("alone", "")):
-            turn = [{"role": "user", "content": question}]
-            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-            out = model(
-                torch.tensor([[*prompt, *ids]]), output_hidden_states=name == "sum", logits_to_keep=len(ids) + 1
-            )
-            logprobs = out.logits[0, :-1].log_softmax(-1)
-            found[name].append(float(logprobs.gather(1, torch.tensor(ids)[:, None]).sum()))
-            if name == "sum":
-                found["features"].append(out.hidden_states[-1][0, len(prompt) :].mean(0).numpy())
-        found["tokens"].append(len(ids))
-        if number % 100 == 99:
-            print(f"read {number + 1:,} of {len(rows):,} answers", flush=True)
-    return {name: np.array(values) for name, values in found.items()}
+    answers = []
+    for row in rows:
+        text = row["completion"].strip()
+        end = [tokenizer.eos_token_id] if text[-1] in END_OF_SENTENCE else []
+        answers.append([*tokenizer(text, add_special_tokens=False)["input_ids"], *end][: max(TOKENS)])
+    lengths = np.array([[min(len(ids), most) for most in TOKENS] for ids in answers])
+    found = {
+        "sum": np.zeros(lengths.shape),
+        "alone": np.zeros(lengths.shape),
+        "tokens": lengths,
+        "features": np.zeros((*lengths.shape, model.config.hidden_size), np.float32),
+    }
+    order = np.argsort(lengths[:, -1], kind="stable")
+    for start in range(0, len(order), READ_AT_ONCE):
+        batch = order[start : start + READ_AT_ONCE]
+        for name in ("sum", "alone"):
+            prompts = [_opening(tokenizer, rows[r]["prompt"] if name == "sum" else "") for r in batch]
+            whole = [[*prompt, *answers[r]] for prompt, r in zip(prompts, batch, strict=True)]
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(one) for one in whole], batch_first=True)
+            # Padded on the right: a causal model needs no mask for what stands before.
+            out = model(ids, output_hidden_states=True)
+            for place, r in enumerate(batch):
+                at = len(prompts[place])
+                states = out.hidden_states[-1][place]
+                said = torch.tensor(answers[r])
+                logprobs = out.logits[place, at - 1 : at - 1 + len(said)].log_softmax(-1)
+                total = logprobs.gather(1, said[:, None])[:, 0].double().cumsum(0).numpy()
+                for k, length in enumerate(lengths[r]):
+                    found[name][r, k] = total[length - 1]
+                    if name == "sum":
+                        found["features"][r, k] = states[at : at + length].mean(0).numpy()
+        print(f"read {start + len(batch):,} of {len(rows):,} answers", flush=True)
+    return found
+
+
+def _opening(tokenizer: Any, question: str) -> list[int]:
+    turn = [{"role": "user", "content": question}]
+    ids: list[int] = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    return ids
 
 
 @dataclass(frozen=True)
@@ -201,26 +250,25 @@ def together(old: Pairs, new: Pairs) -> Pairs:
     return Pairs(np.concatenate([old.gap, new.gap]), np.concatenate([old.target, new.target]), np.concatenate(weights))
 
 
-def play(data: Data, seed: int) -> dict[str, Any]:
-    """Everything of one split."""
+def play(data: Data, seed: int, *, development: bool) -> dict[str, Any]:
+    """Everything of one seed."""
     rng = np.random.default_rng(seed)
-    groups = rng.permutation(data.group.max() + 1)
-    learn = np.isin(data.group, groups[: 2 * len(groups) // 3])
-    asked, graded = np.flatnonzero(learn), np.flatnonzero(~learn)
+    questions = rng.permutation(np.unique(data.group[data.train]))
+    learn = np.isin(data.group, questions[: 2 * len(questions) // 3])
+    asked, graded = np.flatnonzero(learn), np.flatnonzero(data.train & ~learn if development else ~data.train)
     known = ordered_pairs(data.gold[asked[data.unsafe[asked]]])
     original = compare(data, asked[data.unsafe[asked]][known.prompt], known.better, known.worse)
     some = rng.permutation(len(original.gap))[:ORIGINAL_PAIRS]
     original = Pairs(original.gap[some], original.target[some], original.weight[some])
     proxy = fit(original)
     pools = {name: pool(data, asked, proxy, original, name, rng) for name in data.likelihoods}
-    rows = []
-    for name, (strategy, likelihood) in STRATEGIES.items():
+    rows: dict[str, list[Graded]] = {}
+    for name, (strategy, kind) in STRATEGIES.items():
         for budget in BUDGETS:
-            chosen = select(pools[likelihood], strategy, budget=budget, rng=np.random.default_rng([seed, budget]))
-            head = fit(together(original, revealed(data, asked, chosen.queries)))
-            safe = np.mean([not data.unsafe[asked[int(query.prompt_id)]] for query in chosen.queries])
-            rows.append({"strategy": name, "budget": budget, "safe_share": float(safe), **grade(data, graded, head)})
-    return {"seed": seed, "proxy": grade(data, graded, proxy), "rows": rows, "auc": errors(data, asked, proxy, pools)}
+            queries = choose(pools[strategy.likelihood], name, strategy, kind, budget, seed)
+            head = fit(together(original, revealed(data, asked, queries)))
+            rows.setdefault(name, []).append(grade(data, graded, head))
+    return {"proxy": grade(data, graded, proxy), "rows": rows, "auc": errors(data, asked, proxy, pools)}
 
 
 def pool(data: Data, asked: Any, proxy: FloatArray, original: Pairs, likelihood: str, rng: Any) -> Pool:
@@ -240,7 +288,7 @@ def pool(data: Data, asked: Any, proxy: FloatArray, original: Pairs, likelihood:
         reward=reward,
         loglikelihood=ll,
         pacs=found.pacs,
-        text_codes=np.arange(len(reward)),
+        text_codes=data.text_codes[asked].ravel(),
         member_rewards=np.stack([(data.features[asked] @ head).ravel() for head in members], axis=1),
         implicit_reward=data.likelihoods["relative"][asked].ravel(),
     )
@@ -271,19 +319,28 @@ def revealed(data: Data, asked: Any, queries: Sequence[Any]) -> Pairs:
     return replace(compare(data, asked[prompt], first, second), weight=weight.astype(np.float64))
 
 
-def grade(data: Data, graded: Any, head: FloatArray) -> dict[str, float]:
+Graded = dict[str, tuple[FloatArray, FloatArray]]
+"""By measure: its sum over each question, and what that is of; (G,) each."""
+
+
+def grade(data: Data, graded: Any, head: FloatArray) -> Graded:
     """On held-out prompts: accuracy on pairs that people tell apart, the best of five answers, over-refusal."""
     reward = data.features[graded] @ head
     best = reward.argmax(axis=1)
-    rows, safe = np.arange(len(graded)), ~data.unsafe[graded]
+    every, safe, group = np.arange(len(graded)), ~data.unsafe[graded], data.group[graded]
     pairs = ordered_pairs(data.gold[graded])
-    right = correctness(pairs.margin(reward))
+    right, of_safe = correctness(pairs.margin(reward)), safe[pairs.prompt]
+
+    def total(values: FloatArray, kept: Any, where: Any) -> tuple[FloatArray, FloatArray]:
+        size = data.group.max() + 1
+        return np.bincount(where[kept], values[kept], size), np.bincount(where[kept], minlength=size).astype(float)
+
     return {
-        "accuracy": float(right.mean()),
-        "accuracy_safe": float(right[safe[pairs.prompt]].mean()),
-        "accuracy_unsafe": float(right[~safe[pairs.prompt]].mean()),
-        "gold_reward": float(data.gold[graded][rows, best].mean()),
-        "over_refusal": float(data.refusal[graded][rows, best][safe].mean()),
+        "accuracy": total(right, np.ones(len(right), bool), group[pairs.prompt]),
+        "accuracy_safe": total(right, of_safe, group[pairs.prompt]),
+        "accuracy_unsafe": total(right, ~of_safe, group[pairs.prompt]),
+        "gold_reward": total(data.gold[graded][every, best], np.ones(len(graded), bool), group),
+        "over_refusal": total(data.refusal[graded][every, best].astype(float), safe, group),
     }
 
 
@@ -307,39 +364,57 @@ def errors(data: Data, asked: Any, proxy: FloatArray, pools: dict[str, Pool]) ->
     return {name: float(auc_of(values, error, one)(np.ones((1, 1)))[0]) for name, values in scores.items()}
 
 
-def summarise(found: Sequence[dict[str, Any]], seeds: int) -> dict[str, Any]:
-    """Means over the splits with 95 % intervals, and label efficiency against random pairs."""
-    bootstrap = Bootstrap(np.arange(seeds), 4000, seed=0)
-    measures = list(found[0]["proxy"])
+def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds and questions with 95 % intervals, and label efficiency against random pairs."""
+    seeds, measures = len(found), list(found[0]["proxy"])
+    questions = found[0]["proxy"]["accuracy"][0].size
+    # Seeds and questions are clusters of one bootstrap: a mean needs only the ratio of their weights.
+    bootstrap = Bootstrap(np.arange(seeds + questions), REPLICATES, seed=0)
+    fewest = min(seeds, np.count_nonzero(found[0]["proxy"]["accuracy"][1]))
 
-    def curves(name: str, measure: str) -> FloatArray:
-        return np.array([[row[measure] for row in one["rows"] if row["strategy"] == name] for one in found])
+    def curve(of: Sequence[Sequence[Graded]], measure: str) -> Any:
+        """From weights (B, S + G) to the measure at each of K budgets, (B, K)."""
+        top, bottom = np.moveaxis(np.array([[row[measure] for row in rows] for rows in of]), 2, 0)  # (S, K, G) each
 
-    table = [
-        {
-            "strategy": name,
-            "budget": budget,
-            **{m: bootstrap.mean(curves(name, m)[:, k]) for m in (*measures, "safe_share")},
-        }
-        for name in STRATEGIES
-        for k, budget in enumerate(BUDGETS)
-    ]
-    efficiency = {
-        measure: {
-            name: efficiency_interval(
-                BUDGETS, curves("random_pairs", measure), BUDGETS, curves(name, measure), bootstrap
+        def means(weights: FloatArray) -> FloatArray:
+            by_seed, by_question = weights[:, :seeds], weights[:, seeds:]
+            over, under = (
+                np.einsum("bs,skg,bg->bk", by_seed, part, by_question, optimize=True) for part in (top, bottom)
             )
-            for name in STRATEGIES
-            if name != "random_pairs"
-        }
-        for measure in ("accuracy", "gold_reward")
-    }
+            ratio: FloatArray = over / under
+            return ratio
+
+        return means
+
+    def mean(of: Sequence[Graded], measure: str) -> Any:
+        means = curve([[row] for row in of], measure)
+        return bootstrap.interval(lambda weights: means(weights)[:, 0], fewest)
+
+    def worth(name: str, measure: str) -> Any:
+        base, own = (curve([one["rows"][which] for one in found], measure) for which in (BASELINE, name))
+        return efficiency_interval(BUDGETS, base, BUDGETS, own, bootstrap, fewest)
+
     return {
-        "seeds": [one["seed"] for one in found],
-        "proxy": {m: bootstrap.mean([one["proxy"][m] for one in found]) for m in measures},
-        "table": table,
-        "label_efficiency": efficiency,
-        "auc": {name: bootstrap.mean([one["auc"][name] for one in found]) for name in found[0]["auc"]},
+        "seeds": seeds,
+        "questions": int(np.count_nonzero(found[0]["proxy"]["accuracy"][1])),
+        "proxy": {m: mean([one["proxy"] for one in found], m) for m in measures},
+        "table": [
+            {
+                "strategy": name,
+                "budget": budget,
+                **{m: mean([one["rows"][name][k] for one in found], m) for m in measures},
+            }
+            for name in STRATEGIES
+            for k, budget in enumerate(BUDGETS)
+        ],
+        "label_efficiency": {
+            measure: {name: worth(name, measure) for name in STRATEGIES if name != BASELINE}
+            for measure in ("accuracy", "gold_reward")
+        },
+        "auc": {
+            name: Bootstrap(np.arange(seeds), REPLICATES, seed=0).mean([one["auc"][name] for one in found])
+            for name in found[0]["auc"]
+        },
     }
 
 
@@ -348,7 +423,7 @@ def show(summary: dict[str, Any]) -> None:
     print("proxy:", ", ".join(f"{name} {said(value)}" for name, value in summary["proxy"].items()))
     for row in summary["table"]:
         figures = "  ".join(said(row[name]) for name in ("accuracy", "accuracy_safe", "gold_reward", "over_refusal"))
-        print(f"{row['strategy']:20} {row['budget']:4} {figures}  {row['safe_share']['mean']:.2f} safe")
+        print(f"{row['strategy']:20} {row['budget']:4} {figures}")
     for measure, found in summary["label_efficiency"].items():
         print(f"label efficiency, {measure}:", "; ".join(f"{name} {said(value, 2)}" for name, value in found.items()))
     print("AUC for the proxy's errors:", "; ".join(f"{name} {said(value)}" for name, value in summary["auc"].items()))

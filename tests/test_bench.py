@@ -20,7 +20,7 @@ from dissonance import cli
 from dissonance.bench import BenchConfig, bench
 from dissonance.bench.cell import Cell, cells_of, choose, grade
 from dissonance.bench.config import FeedbackKind, StrategyConfig
-from dissonance.bench.efficiency import efficiency, efficiency_interval
+from dissonance.bench.efficiency import efficiency, efficiency_interval, mean_over_seeds
 from dissonance.bench.run import summarise
 from dissonance.bench.setting import load_setting, place
 from dissonance.config import parse_section
@@ -93,7 +93,7 @@ def test_the_interval_holds_what_seeds_share():
     base, bootstrap = np.log(BUDGETS) + shared, Bootstrap(np.arange(12), 300, 0)
 
     def interval(own):
-        return efficiency_interval(BUDGETS, base, BUDGETS, own, bootstrap)
+        return efficiency_interval(BUDGETS, mean_over_seeds(base), BUDGETS, mean_over_seeds(own), bootstrap)
 
     noise = 0.2 * rng.normal(size=(12, 5))
     paired, unpaired = interval(base + np.log(2) + noise), interval(np.log(2 * np.array(BUDGETS)) + noise)

@@ -8,13 +8,16 @@ The ratio is the geometric mean over the results that both curves reach, from th
 their ends. Where one curve lies wholly above the other, all that is known is a bound: the ratio is beyond it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 
 from dissonance.evaluate.statistics import Bootstrap, FloatArray, Interval
+
+Curve = Callable[[FloatArray], FloatArray]
+"""From weights of what is drawn anew, (B, C), to the results at each budget, (B, K)."""
 
 _LEVELS = 33
 _ROUNDING = 1e-9
@@ -67,28 +70,40 @@ def _needed(levels: FloatArray, curve: FloatArray, logs: FloatArray) -> FloatArr
     return needed
 
 
+def mean_over_seeds(results: FloatArray) -> Curve:
+    """The curve of results by seed and budget, (S, K)."""
+
+    def means(weights: FloatArray) -> FloatArray:
+        found: FloatArray = weights @ results / weights.sum(axis=1, keepdims=True)
+        return found
+
+    return means
+
+
 def efficiency_interval(
     spent_baseline: Sequence[float],
-    baseline: FloatArray,
+    baseline: Curve,
     spent_strategy: Sequence[float],
-    strategy: FloatArray,
+    strategy: Curve,
     bootstrap: Bootstrap,
+    clusters: int | None = None,
 ) -> Efficiency | None:
-    """The ratio with its interval over seeds; the two share each seed, and are drawn together.
+    """The ratio with its interval; the two curves share what is drawn, and are drawn together.
 
     Args:
         spent_baseline: (K,), rising.
-        baseline: (S, K), of each seed.
+        baseline: of K results.
         spent_strategy: (L,), rising.
-        strategy: (S, L).
-        bootstrap: over the S seeds.
+        strategy: of L results.
+        bootstrap: over what the curves weigh.
+        clusters: as in `Bootstrap.interval`.
     """
 
     def statistic(weights: FloatArray) -> FloatArray:
-        total = weights.sum(axis=1, keepdims=True)
-        curves = zip(weights @ baseline / total, weights @ strategy / total, strict=True)
+        curves = zip(baseline(weights), strategy(weights), strict=True)
         return np.array([efficiency(spent_baseline, base, spent_strategy, own).value for base, own in curves])
 
-    found = bootstrap.interval(statistic)
-    whole = efficiency(spent_baseline, baseline.mean(axis=0), spent_strategy, strategy.mean(axis=0))
+    found = bootstrap.interval(statistic, clusters)
+    equal = np.ones((1, bootstrap.clusters))
+    whole = efficiency(spent_baseline, baseline(equal)[0], spent_strategy, strategy(equal)[0])
     return None if found is None else Efficiency(**found, bound=whole.bound)

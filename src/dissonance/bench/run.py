@@ -19,7 +19,7 @@ from dissonance.artifacts import locked, read_json, sweep, versions, write_json
 from dissonance.bench.cell import Cell, baseline, cells_of, play
 from dissonance.bench.config import BASELINE, BenchConfig, SeedSet
 from dissonance.bench.detection import detect
-from dissonance.bench.efficiency import efficiency_interval
+from dissonance.bench.efficiency import efficiency_interval, mean_over_seeds
 from dissonance.bench.setting import Place, load_setting, make_setting, place
 from dissonance.callables import import_callable
 from dissonance.engine.local import worker_pool
@@ -238,7 +238,13 @@ def _against_baseline(config: BenchConfig, cells: Sequence[Mapping[str, Any]]) -
         others = {n: c for n, c in curves.items() if n != BASELINE and c is not None and c.seeds == base.seeds}
         for key, measure in zip(("label_efficiency", "label_efficiency_accuracy"), MEASURES, strict=True):
             found[key][task] = {
-                name: efficiency_interval(base.spent, base.of[measure], own.spent, own.of[measure], bootstrap)
+                name: efficiency_interval(
+                    base.spent,
+                    mean_over_seeds(base.of[measure]),
+                    own.spent,
+                    mean_over_seeds(own.of[measure]),
+                    bootstrap,
+                )
                 for name, own in others.items()
             }
         found["paired"][task] = {

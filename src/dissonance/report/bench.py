@@ -115,45 +115,98 @@ def _worth(name: str, found: Values) -> str:
 
 
 def _detections(summary: Mapping[str, Any]) -> Iterator[Figure]:
+    """What predicts the proxy's errors: overall, by tenth, by who knows the subject, and by world."""
+    pairs = [row for row in summary["detection"] if row["most"] and row["level"] == "pair" and row["auc"] is not None]
     for task, found in summary["error_detection"].items():
         rows = [{"what": name, **one["auc"]} for name, one in found.items() if one["auc"] is not None]
         rows.sort(key=lambda row: -row["mean"])
-        if rows:
-            best = ", ".join(f"{row['what']} {in_words(row, 2)}" for row in rows[:3])
+        if not rows:
+            continue
+        best = ", ".join(f"{row['what']} {in_words(row, 2)}" for row in rows[:3])
+        yield Figure(
+            name=f"detection-{task}",
+            title=f"{task.capitalize()}: what predicts the proxy’s errors",
+            caption="Area under the ROC curve of each measure for the proxy’s error on a pair of answers, with 95 %"
+            " intervals over the seeds; ½ is chance.",
+            description=f"Error detection, {task}: {best}.",
+            spec=_interval_chart(rows, "AUC", 0.5),
+        )
+        of_task = [row for row in pairs if row["task"] == task]
+        first = [row for row in of_task if row["world"] == of_task[0]["world"]]
+        tenths = [row for row in first if row.get("deciles")]
+        if tenths:
             yield Figure(
-                name=f"detection-{task}",
-                title=f"{task.capitalize()}: what predicts the proxy’s errors",
-                caption="Area under the ROC curve of each measure for the proxy’s error on a pair of answers, with 95 %"
-                " intervals over the seeds; ½ is chance.",
-                description=f"Error detection, {task}: {best}.",
-                spec=_interval_chart(rows, "AUC", 0.5),
+                name=f"tenths-{task}",
+                title=f"{task.capitalize()}: errors by tenth of each measure",
+                caption="Share of the pairs that the proxy orders wrongly, from the tenth where the measure"
+                " is lowest to the one where it is highest; the dashed line is the share of all.",
+                description=f"Error rate by tenth, {task}, lowest and highest: "
+                + "; ".join(f"{row['metric']} {row['deciles'][0]:.2f} and {row['deciles'][-1]:.2f}" for row in tenths),
+                spec=_tenths_chart(tenths),
             )
+        order = [row["what"] for row in rows]
+        for key, some, what in (("subset", first, "who knows the subject"), ("world", of_task, "world")):
+            within = [row for row in some if key == "subset" or row["subset"] == "all"]
+            if len({row[key] for row in within}) > 1:
+                panels = [{"what": row["metric"], "panel": row[key], **row["auc"]} for row in within]
+                panels.sort(key=lambda row: order.index(row["what"]))
+                yield Figure(
+                    name=f"detection-by-{key}-{task}",
+                    title=f"{task.capitalize()}: what predicts the proxy’s errors, by {what}",
+                    caption="The same, panel by panel.",
+                    description=f"Error detection by {what}, {task}: "
+                    + "; ".join(f"{row['panel']}, {row['what']} {in_words(row, 2)}" for row in panels),
+                    spec=_interval_chart(panels, "AUC", 0.5),
+                )
+
+
+def _tenths_chart(rows: Sequence[Values]) -> dict[str, Any]:
+    points = [
+        {"panel": row["metric"], "tenth": tenth, "share": share, "all": row["error"]["mean"]}
+        for row in rows
+        for tenth, share in enumerate(row["deciles"], 1)
+    ]
+    base = alt.Chart(alt.NamedData("points"))
+    y = alt.Y("share:Q", title="wrong", axis=alt.Axis(format="%", tickCount=5), scale=alt.Scale(zero=False))
+    tooltip = [alt.Tooltip("tenth:O"), alt.Tooltip("share:Q", title="wrong", format=".1%")]
+    layers = alt.layer(
+        base.mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None).encode(y="all:Q"),
+        base.mark_line(stroke=BLUE, strokeWidth=1.8, tooltip=None).encode(x=alt.X("tenth:O", title="tenth"), y=y),
+        base.mark_circle(size=36, fill=BLUE, opacity=0.9).encode(x="tenth:O", y=y, tooltip=tooltip),
+    ).properties(width=260, height=120)
+    names = list(dict.fromkeys(row["panel"] for row in points))
+    return spec(layers.facet(facet=alt.Facet("panel:N", title=None, sort=names), columns=3), 120, points=points)
 
 
 def _interval_chart(
     rows: Sequence[dict[str, Any]], title: str, reference: float, *, log: bool = False
 ) -> dict[str, Any]:
+    """Estimates with their intervals, one below the other; a panel for each `panel` of the rows, if they have any."""
     scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
+    names = list(dict.fromkeys(row["what"] for row in rows))
     base = alt.Chart(alt.NamedData("rows"))
-    y = alt.Y("what:N", title=None, sort=[row["what"] for row in rows], axis=alt.Axis(labelLimit=300))
+    y = alt.Y("what:N", title=None, sort=names, axis=alt.Axis(labelLimit=300))
     x = alt.X("mean:Q", title=title, scale=scale, axis=alt.Axis(tickCount=6))
     tooltip = [
         alt.Tooltip("what:N", title="by"),
         *(alt.Tooltip(f"{key}:Q", format=".3f") for key in ("mean", "low", "high")),
     ]
     interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5, opacity=0.55, stroke=BLUE)
-    layers = known_ends(
-        list(rows),
-        interval.encode(y=y, x="low:Q", x2="high:Q", tooltip=tooltip),
-        base.mark_circle(size=70, opacity=1, fill=BLUE).encode(y=y, x=x, tooltip=tooltip),
+    layers = alt.layer(
+        base.mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None).encode(x="reference:Q"),
+        *known_ends(
+            list(rows),
+            interval.encode(y=y, x="low:Q", x2="high:Q", tooltip=tooltip),
+            base.mark_circle(size=70, opacity=1, fill=BLUE).encode(y=y, x=x, tooltip=tooltip),
+        ),
     )
-    across = alt.Chart(alt.NamedData("reference")).mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None)
-    return spec(
-        alt.layer(across.encode(x="x:Q"), *layers),
-        _ROW_HEIGHT * len(rows),
-        rows=list(rows),
-        reference=[{"x": reference}],
-    )
+    height = _ROW_HEIGHT * len(names)
+    drawn = [{**row, "reference": reference} for row in rows]
+    panels = list(dict.fromkeys(row["panel"] for row in rows if "panel" in row))
+    if not panels:
+        return spec(layers, height, rows=drawn)
+    chart = layers.properties(width=200, height=height)
+    return spec(chart.facet(facet=alt.Facet("panel:N", title=None, sort=panels), columns=3), height, rows=drawn)
 
 
 def _tables(summary: Mapping[str, Any]) -> dict[str, list[tuple[str, ...]]]:
