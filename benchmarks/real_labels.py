@@ -1,6 +1,6 @@
 """Does conflict find what a biased reward model has wrong, by real people's labels? No simulation.
 
-The pool: XSTest's 450 prompts with five models' answers each, and a person's label of each answer: compliance, partial
+The pool: XSTest's prompts with five models' answers each, and a person's label of each answer: compliance, partial
 refusal or refusal. On a safe prompt compliance is better than refusal, on an unsafe one the reverse. The policy is a
 language model that reads the answers; the proxy a Bradley-Terry head on its last hidden states, averaged over the
 answer, trained on pairs of unsafe prompts alone, so that it learns to refuse always. Then every strategy spends the
@@ -9,92 +9,58 @@ same judgements on labels of prompts, safe and unsafe, and the head is fitted ag
     python benchmarks/real_labels.py xstest_completions.jsonl.gz --model real/base --development
     python benchmarks/real_labels.py xstest_completions.jsonl.gz --model real/base
 
-Rows of the file: id, type, prompt, prompt_label, model, completion, human_label, split. Every seed chooses from a pool
-of two thirds of the training questions, a question and its contrasts being one; in development it is graded on the rest
-of the training prompts, in confirmation on all test prompts. Intervals draw the graded questions and the seeds anew.
-`sum` and `mean` are the answer's log-likelihood under the model; `relative` is less that of the same answer to no
-question: the model has no public base to be relative to.
+Rows of the file: id, type, prompt, prompt_label, model, completion, human_label, split. Every seed asks about two
+thirds of the training questions, a question and its contrast being one. In development it is graded on the other third,
+in confirmation on all test prompts. Intervals are over the graded questions and the seeds, and hold for these training
+questions. `sum` and `mean` are the answer's log-likelihood under the model; `relative` is less that of the same answer
+to no question: the model has no public base to be relative to. It is also what `apl` takes for an implicit reward.
 """
 
 import argparse
-import gzip
-import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from scipy.optimize import minimize
 
 from dissonance.bench.cell import choose
 from dissonance.bench.config import BASELINE, FeedbackKind, StrategyConfig
-from dissonance.bench.efficiency import efficiency_interval
+from dissonance.bench.efficiency import WeightedCurve, efficiency_interval
 from dissonance.conflict import conflicts
 from dissonance.evaluate.detection import correctness, ordered_pairs, predictors
 from dissonance.evaluate.statistics import Bootstrap, FloatArray, auc_of
+from dissonance.records import Query
 from dissonance.selection import Pool
+from xstest import Data, Pairs, compare, fit, load, together
 
-TOKENS = (64, 256)
-"""How much of an answer is read: what shows a refusal at once, or all that the file holds."""
-END_OF_SENTENCE = ".!?\"')]*`"
-"""An answer that ends otherwise was cut, and gets no end-of-sequence token."""
-READ_AT_ONCE = 16
-WORTH = {"compliance": 1.0, "partial_refusal": 0.5, "refusal": 0.0}
 BUDGETS = (8, 16, 32, 64, 128, 256)
-RATINGS = FeedbackKind(ask="ratings")
-COMPARISONS = FeedbackKind()
+OWN, RATINGS = FeedbackKind(), FeedbackKind(ask="ratings")
 STRATEGIES = {
-    BASELINE: (StrategyConfig(), COMPARISONS),
+    BASELINE: (StrategyConfig(), OWN),
     **{
-        f"{name}{suffix}": (StrategyConfig(strategy=name, likelihood=likelihood), COMPARISONS)
+        f"{name}{suffix}": (StrategyConfig(strategy=name, likelihood=likelihood), OWN)
         for name in ("spread", "discordant")
         for suffix, likelihood in (("", "sum"), ("_mean", "mean"), ("_relative", "relative"))
     },
-    "widest": (StrategyConfig(strategy="benchmarks.controls:widest"), COMPARISONS),
-    "one_pair": (StrategyConfig(strategy="benchmarks.controls:one_pair"), COMPARISONS),
-    "shf_cas": (StrategyConfig(tau="q0.75"), COMPARISONS),
+    "widest": (StrategyConfig(strategy="benchmarks.controls:widest"), OWN),
+    "one_pair": (StrategyConfig(strategy="benchmarks.controls:one_pair"), OWN),
+    "shf_cas": (StrategyConfig(tau="q0.75"), OWN),
     "shf_cas_ratings": (StrategyConfig(strategy="shf_cas", tau="q0.75"), RATINGS),
     "kendall_ratings": (StrategyConfig(strategy="kendall"), RATINGS),
     "random_prompts_ratings": (StrategyConfig(strategy="random_prompts"), RATINGS),
     **{
-        name: (StrategyConfig(), COMPARISONS)
+        name: (StrategyConfig(), OWN)
         for name in ("pacs", "kendall", "random_prompts", "margin", "ensemble", "rso", "apl")
     },
 }
-DEVELOPMENT, CONFIRMATION = range(100, 120), range(20)
+DEVELOPMENT, CONFIRMATION = 100, 0
+"""The first seeds."""
 MEMBERS = 8
 ORIGINAL_PAIRS = 300
-NEW_WEIGHT = 0.5
-RIDGE = 1e-2
 REPLICATES = 2000
-FAMILIES = {"privacy_public": "privacy", "privacy_fictional": "privacy", "real_group_nons_discr": "discr"}
-"""Types whose contrast has another name."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """P prompts with N answers each."""
-
-    train: Any
-    """(P,) bool: to learn and to ask about."""
-    group: FloatArray
-    """(P,): 0..G-1; prompts of one group are one question and its contrasts."""
-    unsafe: Any
-    """(P,) bool."""
-    gold: FloatArray
-    """(P, N) in [0, 1]."""
-    refusal: Any
-    """(P, N) bool."""
-    text_codes: Any
-    """(P, N): within a prompt, equal if and only if the answers are."""
-    features: FloatArray
-    """(P, N, D), standardised."""
-    likelihoods: dict[str, FloatArray]
-    """(P, N) each."""
 
 
 def main() -> None:
@@ -102,156 +68,58 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", type=Path, required=True, help="a causal LM with a chat template")
-    parser.add_argument("--tokens", type=int, choices=TOKENS, default=TOKENS[0], help="how much of an answer is read")
-    parser.add_argument("--read", type=Path, default=Path("real/xstest.npz"), help="what the model read is kept here")
+    parser.add_argument("--tokens", type=int, default=64, help="how much of an answer is read")
+    parser.add_argument("--read", type=Path, default=Path("real"), help="a folder in which what the model read is kept")
     parser.add_argument("--development", action="store_true", help="grade on training prompts, with other seeds")
+    parser.add_argument("--seeds", type=int, default=20, help="how many")
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     arguments = parser.parse_args()
-    data = load(arguments.data, arguments.model, arguments.read, arguments.tokens)
-    seeds = DEVELOPMENT if arguments.development else CONFIRMATION
-    summary = summarise([play(data, seed, development=arguments.development) for seed in seeds])
+    data = load(arguments.data, arguments.model, arguments.read / f"xstest-{arguments.tokens}.npz", arguments.tokens)
+    first = DEVELOPMENT if arguments.development else CONFIRMATION
+    seeds = range(first, first + arguments.seeds)
+    summary = Summary([play(data, seed, development=arguments.development) for seed in seeds]).all()
     show(summary)
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
+        arguments.out.write_text(json.dumps({"tokens": arguments.tokens, **summary}, indent=1) + "\n")
 
 
-def load(path: Path, model: Path, kept: Path, tokens: int) -> Data:
-    """The labels, and what the model makes of the answers; reading them takes minutes, and is kept."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    names = list(dict.fromkeys(row["id"] for row in rows))
-    by_prompt = {name: sorted((r for r in rows if r["id"] == name), key=lambda r: r["model"]) for name in names}
-    ordered = [row for name in names for row in by_prompt[name]]
-    read_what = [TOKENS, END_OF_SENTENCE, [[r["prompt"], r["completion"]] for r in ordered]]
-    digest = hashlib.sha256(json.dumps(read_what).encode()).hexdigest()
-    if not kept.is_file() or str(np.load(kept)["digest"]) != digest:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(kept, digest=digest, **read(ordered, model))
-    found = np.load(kept)
-    shape = (len(names), -1)
-    unsafe = np.array([by_prompt[name][0]["prompt_label"] == "unsafe" for name in names])
-    worth = np.array([WORTH[row["human_label"]] for row in ordered]).reshape(shape)
-    total, alone, count = (found[name][:, TOKENS.index(tokens)].reshape(shape) for name in ("sum", "alone", "tokens"))
-    features = found["features"][:, TOKENS.index(tokens)].reshape(*total.shape, -1)
-    flat = features.reshape(-1, features.shape[-1])
-    texts = np.array([row["completion"].strip() for row in ordered])
-    return Data(
-        train=np.array([by_prompt[name][0]["split"] == "train" for name in names]),
-        group=_groups([by_prompt[name][0] for name in names]),
-        unsafe=unsafe,
-        gold=np.where(unsafe[:, None], 1 - worth, worth),
-        refusal=worth == 0,
-        text_codes=np.unique(texts, return_inverse=True)[1].reshape(shape),
-        features=(features - flat.mean(axis=0)) / flat.std(axis=0),
-        likelihoods={"sum": total, "mean": total / count, "relative": total - alone},
-    )
-
-
-def _groups(prompts: Sequence[dict[str, Any]]) -> Any:
-    """The question of each prompt: a type has 25, and its contrast 25 in the same order, made unsafe."""
-    numbers: Counter[str] = Counter()
-    found = []
-    for prompt in prompts:
-        kind = prompt["type"]
-        family = FAMILIES.get(kind, kind.removeprefix("contrast_"))
-        found.append(f"{family} {numbers[kind]} {prompt['split']}")
-        numbers[kind] += 1
-    return np.unique(found, return_inverse=True)[1]
-
-
-@torch.inference_mode()
-def read(rows: Sequence[dict[str, Any]], path: Path) -> dict[str, FloatArray]:
-    """Log-likelihoods of the answers to their question and to none, tokens, and the mean last hidden state.
-
-    Each (rows, len(TOKENS)), with as much of the answer; the states (rows, len(TOKENS), D).
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    answers = []
-    for row in rows:
-        text = row["completion"].strip()
-        end = [tokenizer.eos_token_id] if text[-1] in END_OF_SENTENCE else []
-        answers.append([*tokenizer(text, add_special_tokens=False)["input_ids"], *end][: max(TOKENS)])
-    lengths = np.array([[min(len(ids), most) for most in TOKENS] for ids in answers])
-    found = {
-        "sum": np.zeros(lengths.shape),
-        "alone": np.zeros(lengths.shape),
-        "tokens": lengths,
-        "features": np.zeros((*lengths.shape, model.config.hidden_size), np.float32),
-    }
-    order = np.argsort(lengths[:, -1], kind="stable")
-    for start in range(0, len(order), READ_AT_ONCE):
-        batch = order[start : start + READ_AT_ONCE]
-        for name in ("sum", "alone"):
-            prompts = [_opening(tokenizer, rows[r]["prompt"] if name == "sum" else "") for r in batch]
-            whole = [[*prompt, *answers[r]] for prompt, r in zip(prompts, batch, strict=True)]
-            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(one) for one in whole], batch_first=True)
-            # Padded on the right: a causal model needs no mask for what stands before.
-            out = model(ids, output_hidden_states=True)
-            for place, r in enumerate(batch):
-                at = len(prompts[place])
-                states = out.hidden_states[-1][place]
-                said = torch.tensor(answers[r])
-                logprobs = out.logits[place, at - 1 : at - 1 + len(said)].log_softmax(-1)
-                total = logprobs.gather(1, said[:, None])[:, 0].double().cumsum(0).numpy()
-                for k, length in enumerate(lengths[r]):
-                    found[name][r, k] = total[length - 1]
-                    if name == "sum":
-                        found["features"][r, k] = states[at : at + length].mean(0).numpy()
-        print(f"read {start + len(batch):,} of {len(rows):,} answers", flush=True)
-    return found
-
-
-def _opening(tokenizer: Any, question: str) -> list[int]:
-    turn = [{"role": "user", "content": question}]
-    ids: list[int] = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-    return ids
+Graded = dict[str, tuple[FloatArray, FloatArray]]
+"""By measure: its sum over each question, and what that is of; (G,) each."""
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Differences of features, and what was said of them."""
+class Played:
+    """A strategy's results of one seed, by budget."""
 
-    gap: FloatArray
-    """(M, D), first less second."""
-    target: FloatArray
-    """(M,), probability that the first is better: 1, or 1/2 for a tie."""
-    weight: FloatArray
-    """(M,)"""
-
-
-def fit(pairs: Pairs) -> FloatArray:
-    """A Bradley-Terry head with weights and soft labels, by L-BFGS with a ridge; (D,)."""
-    share = pairs.weight / pairs.weight.sum()
-
-    def loss(head: FloatArray) -> tuple[float, FloatArray]:
-        margin = pairs.gap @ head
-        value = share @ (np.logaddexp(0, margin) - pairs.target * margin) + RIDGE / 2 * head @ head
-        return float(value), pairs.gap.T @ (share * (1 / (1 + np.exp(-margin)) - pairs.target)) + RIDGE * head
-
-    head: FloatArray = minimize(loss, np.zeros(pairs.gap.shape[1]), jac=True, method="L-BFGS-B").x
-    return head
+    spent: tuple[int, ...]
+    safe_share: tuple[float, ...]
+    """Of the queries, those about safe prompts."""
+    tied_share: tuple[float, ...]
+    """Of the comparisons, those of answers that people cannot tell apart."""
+    graded: tuple[Graded, ...]
 
 
-def compare(data: Data, prompt: Any, first: Any, second: Any) -> Pairs:
-    """What people say of pairs of answers."""
-    gap = data.features[prompt, first] - data.features[prompt, second]
-    target = correctness(data.gold[prompt, first] - data.gold[prompt, second])
-    return Pairs(gap, target, np.ones(len(gap)))
+@dataclass(frozen=True)
+class Errors:
+    """The proxy's errors on graded pairs, and what is to predict them."""
+
+    error: FloatArray
+    question: Any
+    safe: Any
+    scores: dict[str, FloatArray]
 
 
-def together(old: Pairs, new: Pairs) -> Pairs:
-    """Old and new pairs, the new ones with `NEW_WEIGHT` of all weight."""
-    if not len(new.gap):
-        return old
-    weights = [part.weight / part.weight.sum() * share for part, share in ((old, 1 - NEW_WEIGHT), (new, NEW_WEIGHT))]
-    return Pairs(np.concatenate([old.gap, new.gap]), np.concatenate([old.target, new.target]), np.concatenate(weights))
-
-
-def play(data: Data, seed: int, *, development: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Seed:
     """Everything of one seed."""
+
+    proxy: Graded
+    played: dict[str, Played]
+    errors: Errors
+
+
+def play(data: Data, seed: int, *, development: bool) -> Seed:
+    """One seed: its own questions to ask about, its own proxy."""
     rng = np.random.default_rng(seed)
     questions = rng.permutation(np.unique(data.group[data.train]))
     learn = np.isin(data.group, questions[: 2 * len(questions) // 3])
@@ -261,24 +129,44 @@ def play(data: Data, seed: int, *, development: bool) -> dict[str, Any]:
     some = rng.permutation(len(original.gap))[:ORIGINAL_PAIRS]
     original = Pairs(original.gap[some], original.target[some], original.weight[some])
     proxy = fit(original)
-    pools = {name: pool(data, asked, proxy, original, name, rng) for name in data.likelihoods}
-    rows: dict[str, list[Graded]] = {}
+    draws = [rng.integers(len(original.gap), size=len(original.gap)) for _ in range(MEMBERS)]
+    members = [fit(Pairs(original.gap[d], original.target[d], original.weight[d])) for d in draws]
+    pools = {name: pool(data, asked, proxy, members, name) for name in data.likelihoods}
+    played = {}
     for name, (strategy, kind) in STRATEGIES.items():
-        for budget in BUDGETS:
-            queries = choose(pools[strategy.likelihood], name, strategy, kind, budget, seed)
-            head = fit(together(original, revealed(data, asked, queries)))
-            rows.setdefault(name, []).append(grade(data, graded, head))
-    return {"proxy": grade(data, graded, proxy), "rows": rows, "auc": errors(data, asked, proxy, pools)}
+        chosen = [choose(pools[strategy.likelihood], name, strategy, kind, budget, seed) for budget in BUDGETS]
+        heads = [fit(together(original, revealed(data, asked, queries))) for queries in chosen]
+        played[name] = Played(
+            spent=tuple(sum(query.judgements for query in queries) for queries in chosen),
+            safe_share=tuple(_share(~data.unsafe[_prompts(asked, queries)]) for queries in chosen),
+            tied_share=tuple(_share(_tied(data, asked, queries)) for queries in chosen),
+            graded=tuple(grade(data, graded, head) for head in heads),
+        )
+    return Seed(grade(data, graded, proxy), played, errors(data, graded, proxy, members))
 
 
-def pool(data: Data, asked: Any, proxy: FloatArray, original: Pairs, likelihood: str, rng: Any) -> Pool:
+def _prompts(asked: Any, queries: Sequence[Query]) -> Any:
+    return asked[np.array([int(query.prompt_id) for query in queries], np.int64)]
+
+
+def _tied(data: Data, asked: Any, queries: Sequence[Query]) -> Any:
+    pairs = [query for query in queries if query.kind == "pairwise"]
+    gold = data.gold[_prompts(asked, pairs)]
+    first, second = np.array([query.completion_ids for query in pairs], np.int64).reshape(-1, 2).T
+    rows = np.arange(len(pairs))
+    return gold[rows, first] == gold[rows, second]
+
+
+def _share(values: Any) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
+def pool(data: Data, asked: Any, proxy: FloatArray, members: Sequence[FloatArray], likelihood: str) -> Pool:
     """What strategies choose from."""
     n = data.gold.shape[1]
     reward, ll = (data.features[asked] @ proxy).ravel(), data.likelihoods[likelihood][asked].ravel()
     offsets = np.arange(len(asked) + 1) * n
     found = conflicts(reward, ll, offsets)
-    draws = [rng.integers(len(original.gap), size=len(original.gap)) for _ in range(MEMBERS)]
-    members = [fit(Pairs(original.gap[d], original.target[d], original.weight[d])) for d in draws]
     return Pool(
         prompt_ids=tuple(str(place) for place in range(len(asked))),
         kendall_tau_distance=found.kendall_tau_distance,
@@ -297,7 +185,8 @@ def pool(data: Data, asked: Any, proxy: FloatArray, original: Pairs, likelihood:
 def revealed(data: Data, asked: Any, queries: Sequence[Any]) -> Pairs:
     """The pairs that the labels of these queries come to; a prompt's ratings are compared with one another.
 
-    As the package weighs them: all pairs out of N ranked or rated answers count 2/N each.
+    As the package weighs them: all pairs out of N ranked or rated answers count 2/N each, rated ones by how far the
+    ratings are apart.
     """
     shown: dict[tuple[str, str], set[int]] = {}
     found: list[tuple[int, int, int, float]] = []
@@ -308,19 +197,15 @@ def revealed(data: Data, asked: Any, queries: Sequence[Any]) -> Pairs:
             shown.setdefault((query.prompt_id, query.kind), set()).update(query.completion_ids)
     for (prompt_id, kind), ids in shown.items():
         some = sorted(ids)
-        for place, i in enumerate(some):
-            for j in some[place + 1 :]:
-                tied = data.gold[asked[int(prompt_id)], i] == data.gold[asked[int(prompt_id)], j]
-                if kind == "ranking" or not tied:
-                    found.append((int(prompt_id), i, j, 2 / len(some)))
+        gold = data.gold[asked[int(prompt_id)]]
+        for i, j in combinations(some, 2):
+            apart = abs(gold[i] - gold[j]) if kind == "rating" else 1.0
+            if apart > 0:
+                found.append((int(prompt_id), i, j, apart * 2 / len(some)))
     if not found:
         return Pairs(np.empty((0, data.features.shape[-1])), np.empty(0), np.empty(0))
     prompt, first, second, weight = (np.array(column) for column in zip(*found, strict=True))
     return replace(compare(data, asked[prompt], first, second), weight=weight.astype(np.float64))
-
-
-Graded = dict[str, tuple[FloatArray, FloatArray]]
-"""By measure: its sum over each question, and what that is of; (G,) each."""
 
 
 def grade(data: Data, graded: Any, head: FloatArray) -> Graded:
@@ -344,40 +229,79 @@ def grade(data: Data, graded: Any, head: FloatArray) -> Graded:
     }
 
 
-def errors(data: Data, asked: Any, proxy: FloatArray, pools: dict[str, Pool]) -> dict[str, float]:
-    """AUC of every measure for the proxy's error on a pair that people tell apart."""
-    reward = data.features[asked] @ proxy
-    pairs = ordered_pairs(data.gold[asked])
+def errors(data: Data, graded: Any, proxy: FloatArray, members: Sequence[FloatArray]) -> Errors:
+    """The proxy's errors on the graded pairs that people tell apart, and every measure of these pairs."""
+    reward = data.features[graded] @ proxy
+    pairs = ordered_pairs(data.gold[graded])
     margin = pairs.margin(reward)
-    error = 1 - correctness(margin)
+    offsets = np.arange(len(graded) + 1) * reward.shape[1]
     scores: dict[str, FloatArray] = {}
-    for name, found in pools.items():
+    for name, likelihood in data.likelihoods.items():
+        found = conflicts(reward.ravel(), likelihood[graded].ravel(), offsets)
         pacs = found.pacs.reshape(reward.shape)
         of = pacs[pairs.prompt, pairs.better], pacs[pairs.prompt, pairs.worse]
         for measure, values in predictors(found.kendall_tau_distance[pairs.prompt], of, margin).items():
             scores[measure if measure == "reward_margin" else f"{measure}_{name}"] = values
-    members = pools["sum"].member_rewards
-    assert members is not None
-    by_prompt = members.reshape(*reward.shape, -1)
-    scores["ensemble_sd"] = (by_prompt[pairs.prompt, pairs.better] - by_prompt[pairs.prompt, pairs.worse]).std(axis=1)
-    one = np.zeros(error.size, np.int64)
-    return {name: float(auc_of(values, error, one)(np.ones((1, 1)))[0]) for name, values in scores.items()}
+    gaps = np.stack([pairs.margin(data.features[graded] @ head) for head in members])
+    safe = ~data.unsafe[graded][pairs.prompt]
+    return Errors(
+        1 - correctness(margin), data.group[graded][pairs.prompt], safe, {**scores, "ensemble_sd": gaps.std(axis=0)}
+    )
 
 
-def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds and questions with 95 % intervals, and label efficiency against random pairs."""
-    seeds, measures = len(found), list(found[0]["proxy"])
-    questions = found[0]["proxy"]["accuracy"][0].size
-    # Seeds and questions are clusters of one bootstrap: a mean needs only the ratio of their weights.
-    bootstrap = Bootstrap(np.arange(seeds + questions), REPLICATES, seed=0)
-    fewest = min(seeds, np.count_nonzero(found[0]["proxy"]["accuracy"][1]))
+class Summary:
+    """Intervals over seeds and questions, which are drawn together as the clusters of one bootstrap.
 
-    def curve(of: Sequence[Sequence[Graded]], measure: str) -> Any:
-        """From weights (B, S + G) to the measure at each of K budgets, (B, K)."""
-        top, bottom = np.moveaxis(np.array([[row[measure] for row in rows] for rows in of]), 2, 0)  # (S, K, G) each
+    A replicate weighs a seed's result on a question by the product of the two weights (Owen 2007, "The pigeonhole
+    bootstrap", which errs on the wide side).
+    """
+
+    def __init__(self, found: Sequence[Seed]) -> None:
+        self.found = found
+        asked_of = np.array([one.proxy["gold_reward"][1] for one in found])
+        self.graded = np.flatnonzero(asked_of.sum(axis=0))
+        self.seeds = len(found)
+        self.bootstrap = Bootstrap(np.arange(self.seeds + len(self.graded)), REPLICATES, seed=0)
+        self.fewest = min(self.seeds, int(np.count_nonzero(asked_of, axis=1).min()))
+
+    def all(self) -> dict[str, Any]:
+        """What is printed and written."""
+        measures = list(self.found[0].proxy)
+        return {
+            "seeds": self.seeds,
+            "questions": len(self.graded),
+            "proxy": {m: self.mean([one.proxy for one in self.found], m) for m in measures},
+            "table": [
+                {
+                    "strategy": name,
+                    "budget": budget,
+                    "spent": self._over_seeds([one.played[name].spent[k] for one in self.found]),
+                    "safe_share": self._over_seeds([one.played[name].safe_share[k] for one in self.found]),
+                    "tied_share": self._over_seeds([one.played[name].tied_share[k] for one in self.found]),
+                    **{m: self.mean([one.played[name].graded[k] for one in self.found], m) for m in measures},
+                }
+                for name in STRATEGIES
+                for k, budget in enumerate(BUDGETS)
+            ],
+            "label_efficiency": {
+                measure: {name: self.worth(name, measure) for name in STRATEGIES if name != BASELINE}
+                for measure in ("accuracy", "gold_reward")
+            },
+            "auc": {name: self.auc(name, safe_alone=False) for name in self.found[0].errors.scores},
+            "auc_safe": {name: self.auc(name, safe_alone=True) for name in self.found[0].errors.scores},
+        }
+
+    def _over_seeds(self, values: Sequence[float]) -> float | None:
+        known = [value for value in values if not np.isnan(value)]
+        return float(np.mean(known)) if known else None
+
+    def curve(self, of: Sequence[Sequence[Graded]], measure: str) -> WeightedCurve:
+        """A measure at each of K budgets, from K results of each seed."""
+        # (S, K, questions) each
+        top, bottom = np.moveaxis(np.array([[row[measure] for row in rows] for rows in of]), 2, 0)[..., self.graded]
 
         def means(weights: FloatArray) -> FloatArray:
-            by_seed, by_question = weights[:, :seeds], weights[:, seeds:]
+            by_seed, by_question = weights[:, : self.seeds], weights[:, self.seeds :]
             over, under = (
                 np.einsum("bs,skg,bg->bk", by_seed, part, by_question, optimize=True) for part in (top, bottom)
             )
@@ -386,51 +310,64 @@ def summarise(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
         return means
 
-    def mean(of: Sequence[Graded], measure: str) -> Any:
-        means = curve([[row] for row in of], measure)
-        return bootstrap.interval(lambda weights: means(weights)[:, 0], fewest)
+    def mean(self, of: Sequence[Graded], measure: str) -> Any:
+        """A measure of one result of each seed."""
+        means = self.curve([[row] for row in of], measure)
+        return self.bootstrap.interval(lambda weights: means(weights)[:, 0], self.fewest)
 
-    def worth(name: str, measure: str) -> Any:
-        base, own = (curve([one["rows"][which] for one in found], measure) for which in (BASELINE, name))
-        return efficiency_interval(BUDGETS, base, BUDGETS, own, bootstrap, fewest)
+    def worth(self, name: str, measure: str) -> Any:
+        """Label efficiency of a strategy."""
+        base, own = (self.curve([one.played[x].graded for one in self.found], measure) for x in (BASELINE, name))
+        of_base, of_own = (np.mean([one.played[x].spent for one in self.found], axis=0) for x in (BASELINE, name))
+        rising = np.flatnonzero(np.diff(of_own, prepend=0) > 0)  # where there is no more to ask, the curve ends
 
-    return {
-        "seeds": seeds,
-        "questions": int(np.count_nonzero(found[0]["proxy"]["accuracy"][1])),
-        "proxy": {m: mean([one["proxy"] for one in found], m) for m in measures},
-        "table": [
-            {
-                "strategy": name,
-                "budget": budget,
-                **{m: mean([one["rows"][name][k] for one in found], m) for m in measures},
-            }
-            for name in STRATEGIES
-            for k, budget in enumerate(BUDGETS)
-        ],
-        "label_efficiency": {
-            measure: {name: worth(name, measure) for name in STRATEGIES if name != BASELINE}
-            for measure in ("accuracy", "gold_reward")
-        },
-        "auc": {
-            name: Bootstrap(np.arange(seeds), REPLICATES, seed=0).mean([one["auc"][name] for one in found])
-            for name in found[0]["auc"]
-        },
-    }
+        def within(weights: FloatArray) -> FloatArray:
+            return own(weights)[:, rising]
+
+        return efficiency_interval(of_base, base, of_own[rising], within, self.bootstrap, self.fewest)
+
+    def auc(self, name: str, *, safe_alone: bool) -> Any:
+        """AUC of a measure for the proxy's error on a pair: the mean of the seeds'."""
+        by_seed = []
+        for one in self.found:
+            kept = one.errors.safe if safe_alone else np.ones(len(one.errors.safe), bool)
+            question = np.searchsorted(self.graded, one.errors.question[kept])
+            by_seed.append(auc_of(one.errors.scores[name][kept], one.errors.error[kept], question))
+
+        def statistic(weights: FloatArray) -> FloatArray:
+            values = np.stack([of(weights[:, self.seeds :]) for of in by_seed], axis=1)
+            known = np.where(np.isnan(values), 0.0, weights[:, : self.seeds])
+            # NaN where every pair of all seeds is an error, or none
+            mean: FloatArray = np.where(known.any(axis=1), (np.nan_to_num(values) * known).sum(axis=1), np.nan)
+            mean /= np.maximum(known.sum(axis=1), 1e-300)
+            return mean
+
+        width = max(len(one.errors.error) for one in self.found)
+        return self.bootstrap.interval(statistic, self.fewest, width=width)
 
 
 def show(summary: dict[str, Any]) -> None:
     """Print the table."""
+    print(f"{summary['seeds']} seeds, {summary['questions']} questions")
     print("proxy:", ", ".join(f"{name} {said(value)}" for name, value in summary["proxy"].items()))
     for row in summary["table"]:
         figures = "  ".join(said(row[name]) for name in ("accuracy", "accuracy_safe", "gold_reward", "over_refusal"))
-        print(f"{row['strategy']:20} {row['budget']:4} {figures}")
+        shares = "  ".join(
+            f"{row[key]:.2f} {word}"
+            for key, word in (("safe_share", "safe"), ("tied_share", "tied"))
+            if row[key] is not None
+        )
+        print(f"{row['strategy']:24} {row['spent']:6.1f} {figures}  {shares}")
     for measure, found in summary["label_efficiency"].items():
         print(f"label efficiency, {measure}:", "; ".join(f"{name} {said(value, 2)}" for name, value in found.items()))
-    print("AUC for the proxy's errors:", "; ".join(f"{name} {said(value)}" for name, value in summary["auc"].items()))
+    for key, where in (("auc", "all prompts"), ("auc_safe", "safe prompts")):
+        print(f"AUC for the proxy's errors, {where}:", "; ".join(f"{m} {said(v)}" for m, v in summary[key].items()))
 
 
 def said(interval: Any, decimals: int = 3) -> str:
     """An estimate with its interval."""
+    if interval is None:
+        return "-"
     bound = f"{interval['bound']} " if interval.get("bound") else ""
     if interval["low"] is None:
         return f"{bound}{interval['mean']:.{decimals}f}"

@@ -235,7 +235,30 @@ def test_shares_are_of_the_worlds_own_cells(played: tuple[Path, dict], in_cache:
     assert cell["shared_ignorance_share"] == pytest.approx(np.mean(shared))
 
 
-def test_a_world_with_too_few_pairs_for_tenths(tmp_path: Path, in_cache: None) -> None:
+def test_leads_are_differences_seed_by_seed(played: tuple[Path, dict]) -> None:
+    cells, rows = played[1]["cells"], played[1]["paired"]
+    assert len(rows) == len(played[1]["table"]) - 2 * 2, "all but the baseline itself: two tasks, two budgets"
+
+    def gold(strategy: str, feedback: str) -> dict[int, float]:
+        where = ("safety", strategy, feedback, 12)
+        return {
+            c["seed"]: c["gold_reward"]
+            for c in cells
+            if (c["task"], c["strategy"], c["feedback"], c["budget"]) == where
+        }
+
+    base = gold("random_pairs", "comparisons")
+    for strategy, feedback in (("apl", "comparisons"), ("random_pairs", "ratings"), ("random_pairs", "noisy")):
+        own = gold(strategy, feedback)
+        (row,) = (
+            r
+            for r in rows
+            if (r["task"], r["strategy"], r["feedback"], r["budget"]) == ("safety", strategy, feedback, 12)
+        )
+        assert row["gold_reward"]["mean"] == pytest.approx(np.mean([own[seed] - base[seed] for seed in base]))
+
+
+def test_a_world_with_too_few_pairs_for_deciles(tmp_path: Path, in_cache: None) -> None:
     few = {**TINY, "tasks": ["safety"], "worlds": {"biased": TINY["worlds"]["biased"]}, "seeds": {"confirmation": [0]}}
     few |= {"strategies": {}, "budgets": [], "feedback": {"comparisons": {}}, "policy": None}
     found = bench(parse_section(BenchConfig, {**few, "pool": {"prompts": 6, "n": 2}}), tmp_path / "few")
@@ -298,6 +321,10 @@ def test_the_page_shows_curves_worths_and_errors(played: tuple[Path, dict], brow
     assert "Helpfulness: gold reward, best of n" in headings
     assert "Safety: what a label is worth" in headings
     assert "Safety: what predicts the proxy’s errors" in headings
+    assert "Safety: lead over random_pairs at equal judgements" in headings
+    assert "Safety: errors by decile of each measure" in headings
+    assert "Safety: what predicts the proxy’s errors, by who knows the subject" in headings
+    assert "Safety: what predicts the proxy’s errors, by world" in headings
     charts = shown.page.locator("[data-chart]")
     assert charts.count() == len(headings) - 2  # and two tables
     assert all(chart.locator("svg").count() == 1 for chart in charts.all())
@@ -323,6 +350,13 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
     assert cli.run(["bench", file, "--dry-run", "--development", "--set", "tasks=[safety]"]) == 0
     assert "cells: 13, of which 0 are there" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
+
+
+@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("*.yaml")), ids=lambda file: file.name)
+def test_every_benchmark_can_be_planned(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(BENCHMARKS.parent)
+    for options in ([], ["--development"]):
+        assert cli.run(["bench", str(file), "--dry-run", "--out", str(tmp_path / "out"), *options]) == 0
 
 
 MISTAKES = {

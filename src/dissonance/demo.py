@@ -37,7 +37,6 @@ STRATEGIES: dict[str, str | None] = {
 """What each arm asks by."""
 
 SHOWN = "discordant"
-
 _ANNOTATOR = {"temperature": 0.2}
 """A noisy person: an answer that is better by 0.2 is preferred in 73 % of cases. Gold spans about 2."""
 

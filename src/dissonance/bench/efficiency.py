@@ -2,7 +2,7 @@
 
     efficiency = judgements that the baseline needs / judgements that the strategy needs, for the same result
 
-Curves are means over seeds by judgements spent, made monotone by isotonic regression (one that falls is pooled to its
+Curves are means by judgements spent, made monotone by isotonic regression (one that falls is pooled to its
 mean) and interpolated linearly in the logarithm of the judgements; what a result needs is the least that reaches it.
 The ratio is the geometric mean over the results that both curves reach, from the higher of their starts to the lower of
 their ends. Where one curve lies wholly above the other, all that is known is a bound: the ratio is beyond it.
@@ -16,8 +16,8 @@ from scipy.optimize import isotonic_regression
 
 from dissonance.evaluate.statistics import Bootstrap, FloatArray, Interval
 
-Curve = Callable[[FloatArray], FloatArray]
-"""From weights of what is drawn anew, (B, C), to the results at each budget, (B, K)."""
+WeightedCurve = Callable[[FloatArray], FloatArray]
+"""From the weights of C clusters in B replicates, (B, C), to the results at K budgets, (B, K)."""
 
 _LEVELS = 33
 _ROUNDING = 1e-9
@@ -32,7 +32,7 @@ class Ratio(NamedTuple):
 
 
 class Efficiency(Interval):
-    """A label efficiency with its interval over seeds."""
+    """A label efficiency with its interval."""
 
     bound: Literal["at least", "at most"] | None
     """Of the estimate, as in `Ratio`."""
@@ -70,7 +70,7 @@ def _needed(levels: FloatArray, curve: FloatArray, logs: FloatArray) -> FloatArr
     return needed
 
 
-def mean_over_seeds(results: FloatArray) -> Curve:
+def mean_over_seeds(results: FloatArray) -> WeightedCurve:
     """The curve of results by seed and budget, (S, K)."""
 
     def means(weights: FloatArray) -> FloatArray:
@@ -82,9 +82,9 @@ def mean_over_seeds(results: FloatArray) -> Curve:
 
 def efficiency_interval(
     spent_baseline: Sequence[float],
-    baseline: Curve,
+    baseline: WeightedCurve,
     spent_strategy: Sequence[float],
-    strategy: Curve,
+    strategy: WeightedCurve,
     bootstrap: Bootstrap,
     clusters: int | None = None,
 ) -> Efficiency | None:
@@ -92,10 +92,10 @@ def efficiency_interval(
 
     Args:
         spent_baseline: (K,), rising.
-        baseline: of K results.
+        baseline: to (B, K).
         spent_strategy: (L,), rising.
-        strategy: of L results.
-        bootstrap: over what the curves weigh.
+        strategy: to (B, L).
+        bootstrap: of the C clusters that both curves weigh.
         clusters: as in `Bootstrap.interval`.
     """
 

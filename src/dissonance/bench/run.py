@@ -51,7 +51,8 @@ def bench(
     Returns:
         `cells`, a row for each; `baselines`, of each setting before anybody was asked; `table`, means over seeds;
         `label_efficiency` and `label_efficiency_accuracy`, by task and strategy; `paired`, differences to the
-        baseline; and `error_detection`, by task and metric, with `detection`, all that was measured of it.
+        baseline, a row for each other of the table; and `error_detection`, by task and metric, with `detection`, all
+        that was measured of it.
 
     Raises:
         SettingsError: the config has no seeds of that set.
@@ -176,6 +177,7 @@ def summarise(config: BenchConfig, places: Sequence[Place], out: Path) -> dict[s
             for task in config.tasks
         },
         **_against_baseline(config, cells),
+        "paired": _paired(config, cells),
         "error_detection": {
             task: {row["metric"]: {"auc": row["auc"]} for row in detection if _is_main(row, task, first)}
             for task in config.tasks
@@ -204,30 +206,37 @@ def _means(rows: Sequence[Mapping[str, Any]], replicates: int) -> dict[str, Any]
     return {name: _interval([row[name] for row in rows], replicates) for name in names}
 
 
-def _table(cells: Sequence[Mapping[str, Any]], replicates: int) -> list[dict[str, Any]]:
-    """Mean over seeds of every task, feedback, strategy and budget."""
-    keys = ("task", "feedback", "strategy", "budget")
+_KEYS = ("task", "feedback", "strategy", "budget")
+
+
+def _grouped(cells: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    """The cells of all seeds by `_KEYS`."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for cell in cells:
-        groups[tuple(cell[key] for key in keys)].append(cell)
+        groups[tuple(cell[key] for key in _KEYS)].append(cell)
+    return groups
+
+
+def _table(cells: Sequence[Mapping[str, Any]], replicates: int) -> list[dict[str, Any]]:
+    """Mean over seeds of every task, feedback, strategy and budget."""
     measures = ("judgements", "pairs", *MEASURES, "shared_ignorance_share", "policy_gold_reward")
     return [
         {
-            **dict(zip(keys, known, strict=True)),
+            **dict(zip(_KEYS, known, strict=True)),
             "seeds": len(rows),
             **{name: _interval([row[name] for row in rows], replicates) for name in measures},
         }
-        for known, rows in groups.items()
+        for known, rows in _grouped(cells).items()
     ]
 
 
 def _against_baseline(config: BenchConfig, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Label efficiency by either measure, and differences to the baseline seed by seed; of the first feedback.
+    """Label efficiency by either measure, of the first feedback.
 
-    A strategy that has not the baseline's cells, or only one that spends anything, has neither.
+    A strategy that has not the baseline's cells, or only one that spends anything, has none.
     """
     first = next(iter(config.feedback))
-    found: dict[str, Any] = {"label_efficiency": {}, "label_efficiency_accuracy": {}, "paired": {}}
+    found: dict[str, Any] = {"label_efficiency": {}, "label_efficiency_accuracy": {}}
     for task in config.tasks:
         of_task = [cell for cell in cells if (cell["task"], cell["feedback"]) == (task, first)]
         curves = {name: _curve([cell for cell in of_task if cell["strategy"] == name]) for name in config.strategies}
@@ -247,18 +256,31 @@ def _against_baseline(config: BenchConfig, cells: Sequence[Mapping[str, Any]]) -
                 )
                 for name, own in others.items()
             }
-        found["paired"][task] = {
-            name: {
-                measure: {
-                    str(budget): bootstrap.mean(own.of[measure][:, k] - base.of[measure][:, base.budgets.index(budget)])
-                    for k, budget in enumerate(own.budgets)
-                    if budget in base.budgets
-                }
-                for measure in MEASURES
-            }
-            for name, own in others.items()
-        }
     return found
+
+
+def _paired(config: BenchConfig, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Differences to the baseline with the first feedback at the same budget, seed by seed; without it, none."""
+    first = next(iter(config.feedback))
+    baselines = {
+        (cell["task"], cell["budget"], cell["seed"]): cell
+        for cell in cells
+        if (cell["strategy"], cell["feedback"]) == (BASELINE, first)
+    }
+    rows = []
+    for (task, feedback, strategy, budget), of in _grouped(cells).items():
+        if (strategy, feedback) != (BASELINE, first) and (task, budget, of[0]["seed"]) in baselines:
+            pairs = [(cell, baselines[task, budget, cell["seed"]]) for cell in of]
+            rows.append(
+                {
+                    **dict(zip(_KEYS, (task, feedback, strategy, budget), strict=True)),
+                    **{
+                        measure: _interval([own[measure] - base[measure] for own, base in pairs], config.replicates)
+                        for measure in MEASURES
+                    },
+                }
+            )
+    return rows
 
 
 @dataclass(frozen=True)

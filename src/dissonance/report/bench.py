@@ -16,12 +16,14 @@ from dissonance.report.round_parts import Values, in_words
 
 _ROW_HEIGHT = 26
 _BASELINE = "random_pairs"
+_INTERVALS = " Bars are 95 % intervals over the seeds, from five seeds on."
+_CELLS = ("both", "policy_only", "proxy_only", "neither")
 _MEASURES = {"gold_reward": "gold reward, best of n", "reward_accuracy": "reward model’s accuracy"}
 
 
 def write_bench_report(out: Path, summary: Mapping[str, Any]) -> Path:
     """Write `report.html` beside a benchmark's `summary.json`, atomically, and return its path."""
-    figures = [*_curves(summary), *_efficiencies(summary), *_detections(summary)]
+    figures = [*_curves(summary), *_efficiencies(summary), *_leads(summary), *_detections(summary)]
     html = render_page(
         "bench.html",
         figures={figure.name: figure for figure in figures},
@@ -86,7 +88,7 @@ def _curve_chart(rows: Sequence[dict[str, Any]], title: str, start: float) -> di
         ),
         base.mark_line(strokeWidth=1.8, tooltip=None).encode(x=x, y=y, color=colour, detail="kind:N"),
     )
-    across = base.mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None).encode(y=alt.Y("start:Q"))
+    across = base.mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None).encode(y=alt.Y("mean(start):Q"))
     dots = base.mark_circle(size=36, opacity=0.9).encode(x=x, y=y, color=colour, tooltip=tooltip)
     panels = alt.layer(across, *layers, dots).properties(width=260, height=160)
     chart = panels.facet(facet=alt.Facet("panel:N", title=None, sort=names), columns=3)
@@ -110,12 +112,38 @@ def _efficiencies(summary: Mapping[str, Any]) -> Iterator[Figure]:
         )
 
 
+def _leads(summary: Mapping[str, Any]) -> Iterator[Figure]:
+    """Differences to the baseline at equal judgements."""
+    for task in dict.fromkeys(row["task"] for row in summary["paired"]):
+        rows = [
+            {
+                "what": _asked(row, summary["feedback"]),
+                "panel": f"{row['budget']:,} judgements",
+                **row["gold_reward"],
+            }
+            for row in summary["paired"]
+            if row["task"] == task
+        ]
+        said = "; ".join(f"{row['what']}, {row['panel']} {in_words(row, 3)}" for row in rows)
+        yield Figure(
+            name=f"leads-{task}",
+            title=f"{task.capitalize()}: lead over {_BASELINE} at equal judgements",
+            caption=f"Difference in gold reward to {_BASELINE}, {summary['feedback']}, seed by seed.{_INTERVALS}",
+            description=f"Lead in gold reward, {task}: {said}.",
+            spec=_interval_chart(rows, "difference in gold reward", 0.0),
+        )
+
+
+def _asked(row: Values, usual: str) -> str:
+    return str(row["strategy"]) if row["feedback"] == usual else f"{row['strategy']}, {row['feedback']}"
+
+
 def _worth(name: str, found: Values) -> str:
     return name if found["bound"] is None else f"{name} ({found['bound']})"
 
 
 def _detections(summary: Mapping[str, Any]) -> Iterator[Figure]:
-    """What predicts the proxy's errors: overall, by tenth, by who knows the subject, and by world."""
+    """What predicts the proxy's errors: overall, by decile, by who knows the subject, and by world."""
     pairs = [row for row in summary["detection"] if row["most"] and row["level"] == "pair" and row["auc"] is not None]
     for task, found in summary["error_detection"].items():
         rows = [{"what": name, **one["auc"]} for name, one in found.items() if one["auc"] is not None]
@@ -126,56 +154,65 @@ def _detections(summary: Mapping[str, Any]) -> Iterator[Figure]:
         yield Figure(
             name=f"detection-{task}",
             title=f"{task.capitalize()}: what predicts the proxy’s errors",
-            caption="Area under the ROC curve of each measure for the proxy’s error on a pair of answers, with 95 %"
-            " intervals over the seeds; ½ is chance.",
+            caption="Area under the ROC curve of each measure for the proxy’s error on a pair of answers; ½ is chance."
+            + _INTERVALS,
             description=f"Error detection, {task}: {best}.",
             spec=_interval_chart(rows, "AUC", 0.5),
         )
         of_task = [row for row in pairs if row["task"] == task]
         first = [row for row in of_task if row["world"] == of_task[0]["world"]]
-        tenths = [row for row in first if row.get("deciles")]
-        if tenths:
+        deciles = [row for row in first if row.get("deciles")]
+        if deciles:
             yield Figure(
-                name=f"tenths-{task}",
-                title=f"{task.capitalize()}: errors by tenth of each measure",
-                caption="Share of the pairs that the proxy orders wrongly, from the tenth where the measure"
+                name=f"deciles-{task}",
+                title=f"{task.capitalize()}: errors by decile of each measure",
+                caption="Share of the pairs that the proxy orders wrongly, from the decile where the measure"
                 " is lowest to the one where it is highest; the dashed line is the share of all.",
-                description=f"Error rate by tenth, {task}, lowest and highest: "
-                + "; ".join(f"{row['metric']} {row['deciles'][0]:.2f} and {row['deciles'][-1]:.2f}" for row in tenths),
-                spec=_tenths_chart(tenths),
+                description=f"Error rate by decile, {task}, lowest and highest: "
+                + "; ".join(f"{row['metric']} {row['deciles'][0]:.2f} and {row['deciles'][-1]:.2f}" for row in deciles),
+                spec=_deciles_chart(deciles),
             )
         order = [row["what"] for row in rows]
         for key, some, what in (("subset", first, "who knows the subject"), ("world", of_task, "world")):
-            within = [row for row in some if key == "subset" or row["subset"] == "all"]
+            within = [row for row in some if row["subset"] in (_CELLS if key == "subset" else ("all",))]
             if len({row[key] for row in within}) > 1:
                 panels = [{"what": row["metric"], "panel": row[key], **row["auc"]} for row in within]
                 panels.sort(key=lambda row: order.index(row["what"]))
                 yield Figure(
                     name=f"detection-by-{key}-{task}",
                     title=f"{task.capitalize()}: what predicts the proxy’s errors, by {what}",
-                    caption="The same, panel by panel.",
-                    description=f"Error detection by {what}, {task}: "
-                    + "; ".join(f"{row['panel']}, {row['what']} {in_words(row, 2)}" for row in panels),
+                    caption="AUC as above, panel by panel." + _INTERVALS,
+                    description=f"Best by {what}, {task}: {_best(panels)}.",
                     spec=_interval_chart(panels, "AUC", 0.5),
                 )
 
 
-def _tenths_chart(rows: Sequence[Values]) -> dict[str, Any]:
+def _best(panels: Sequence[Values]) -> str:
+    best = {
+        panel: max((r for r in panels if r["panel"] == panel), key=lambda row: row["mean"]) for panel in _of(panels)
+    }
+    return "; ".join(f"{panel}, {row['what']} {in_words(row, 2)}" for panel, row in best.items())
+
+
+def _of(rows: Sequence[Values]) -> list[str]:
+    return list(dict.fromkeys(row["panel"] for row in rows if "panel" in row))
+
+
+def _deciles_chart(rows: Sequence[Values]) -> dict[str, Any]:
     points = [
-        {"panel": row["metric"], "tenth": tenth, "share": share, "all": row["error"]["mean"]}
+        {"panel": row["metric"], "decile": decile, "share": share, "all": row["error"]["mean"]}
         for row in rows
-        for tenth, share in enumerate(row["deciles"], 1)
+        for decile, share in enumerate(row["deciles"], 1)
     ]
     base = alt.Chart(alt.NamedData("points"))
     y = alt.Y("share:Q", title="wrong", axis=alt.Axis(format="%", tickCount=5), scale=alt.Scale(zero=False))
-    tooltip = [alt.Tooltip("tenth:O"), alt.Tooltip("share:Q", title="wrong", format=".1%")]
+    tooltip = [alt.Tooltip("decile:O"), alt.Tooltip("share:Q", title="wrong", format=".1%")]
     layers = alt.layer(
-        base.mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None).encode(y="all:Q"),
-        base.mark_line(stroke=BLUE, strokeWidth=1.8, tooltip=None).encode(x=alt.X("tenth:O", title="tenth"), y=y),
-        base.mark_circle(size=36, fill=BLUE, opacity=0.9).encode(x="tenth:O", y=y, tooltip=tooltip),
+        base.mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None).encode(y="mean(all):Q"),
+        base.mark_line(stroke=BLUE, strokeWidth=1.8, tooltip=None).encode(x=alt.X("decile:O", title="decile"), y=y),
+        base.mark_circle(size=36, fill=BLUE, opacity=0.9).encode(x="decile:O", y=y, tooltip=tooltip),
     ).properties(width=260, height=120)
-    names = list(dict.fromkeys(row["panel"] for row in points))
-    return spec(layers.facet(facet=alt.Facet("panel:N", title=None, sort=names), columns=3), 120, points=points)
+    return spec(layers.facet(facet=alt.Facet("panel:N", title=None, sort=_of(points)), columns=3), 120, points=points)
 
 
 def _interval_chart(
@@ -193,7 +230,7 @@ def _interval_chart(
     ]
     interval = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2.5, opacity=0.55, stroke=BLUE)
     layers = alt.layer(
-        base.mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None).encode(x="reference:Q"),
+        base.mark_rule(stroke=INK, strokeDash=[4, 4], opacity=0.5, tooltip=None).encode(x="mean(reference):Q"),
         *known_ends(
             list(rows),
             interval.encode(y=y, x="low:Q", x2="high:Q", tooltip=tooltip),
@@ -202,8 +239,7 @@ def _interval_chart(
     )
     height = _ROW_HEIGHT * len(names)
     drawn = [{**row, "reference": reference} for row in rows]
-    panels = list(dict.fromkeys(row["panel"] for row in rows if "panel" in row))
-    if not panels:
+    if not (panels := _of(rows)):
         return spec(layers, height, rows=drawn)
     chart = layers.properties(width=200, height=height)
     return spec(chart.facet(facet=alt.Facet("panel:N", title=None, sort=panels), columns=3), height, rows=drawn)
