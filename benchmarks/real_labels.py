@@ -317,14 +317,16 @@ class Summary:
 
     def worth(self, name: str, measure: str) -> Any:
         """Label efficiency of a strategy."""
-        base, own = (self.curve([one.played[x].graded for one in self.found], measure) for x in (BASELINE, name))
-        of_base, of_own = (np.mean([one.played[x].spent for one in self.found], axis=0) for x in (BASELINE, name))
-        rising = np.flatnonzero(np.diff(of_own, prepend=0) > 0)  # where there is no more to ask, the curve ends
+        return efficiency_interval(
+            *self._curve_by_spent(BASELINE, measure), *self._curve_by_spent(name, measure), self.bootstrap, self.fewest
+        )
 
-        def within(weights: FloatArray) -> FloatArray:
-            return own(weights)[:, rising]
-
-        return efficiency_interval(of_base, base, of_own[rising], within, self.bootstrap, self.fewest)
+    def _curve_by_spent(self, name: str, measure: str) -> tuple[FloatArray, WeightedCurve]:
+        """Mean judgements, (K,), and the curve over them, which ends where there is no more to ask."""
+        played = [one.played[name] for one in self.found]
+        spent = np.mean([one.spent for one in played], axis=0)
+        rising = np.flatnonzero(np.diff(spent, prepend=0) > 0)
+        return spent[rising], self.curve([[one.graded[k] for k in rising] for one in played], measure)
 
     def auc(self, name: str, *, safe_alone: bool) -> Any:
         """AUC of a measure for the proxy's error on a pair: the mean of the seeds'."""

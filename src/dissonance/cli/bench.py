@@ -59,7 +59,7 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
     leads = {tuple(row[key] for key in keys): row["gold_reward"] for row in found["paired"]}
     for task, start in found["start"].items():
         lines.append(f"{task}: gold reward {said(start['gold_reward_start'])} of a sampled answer")
-        lines.append(f"  {'judgements; gold reward, accuracy, lead in gold':>36}")
+        lines.append(f"  {'':24}{'judgements':10} {'gold reward':26}{'accuracy':26}lead in gold reward")
         lines.append(f"  nobody asked{'':23}{said(start['gold_reward']):26}{said(start['reward_accuracy'])}")
         for row in found["table"]:
             if row["task"] == task:
