@@ -11,7 +11,7 @@ import numpy as np
 
 from dissonance.artifacts import fingerprint, source_fingerprint
 from dissonance.bench.config import BenchConfig, FeedbackKind, PolicyCells, StrategyConfig
-from dissonance.bench.setting import MAX_NEW_TOKENS, Answers, Place, Setting, load_setting, proxy
+from dissonance.bench.setting import DTYPE, MAX_NEW_TOKENS, Answers, Place, Setting, load_setting, proxy
 from dissonance.callables import function_source, import_callable
 from dissonance.config import PolicyConfig, RewardConfig, RewardTraining
 from dissonance.errors import DataError
@@ -252,7 +252,9 @@ def _train_policy(setting: Setting, reward_model: RewardConfig, policy: PolicyCe
     from dissonance.rewards import HFRewardModel
     from dissonance.sampling import HFPolicy
 
-    start = PolicyConfig(model=str(setting.sandbox.policy), n=_GRADED_ANSWERS, max_new_tokens=MAX_NEW_TOKENS)
+    start = PolicyConfig(
+        model=str(setting.sandbox.policy), n=_GRADED_ANSWERS, max_new_tokens=MAX_NEW_TOKENS, dtype=DTYPE
+    )
     refine_policy(
         policy.training, start, HFRewardModel(reward_model), _prompts(setting.pool), out, seed=_own_seed(cell)
     )
