@@ -236,7 +236,7 @@ def test_shares_are_of_the_worlds_own_cells(played: tuple[Path, dict], in_cache:
 
 
 def test_leads_are_differences_seed_by_seed(played: tuple[Path, dict]) -> None:
-    cells, rows = played[1]["cells"], played[1]["paired"]
+    cells, rows = played[1]["cells"], [row for row in played[1]["table"] if row["lead"] is not None]
     assert len(rows) == len(played[1]["table"]) - 2 * 2, "all but the baseline itself: two tasks, two budgets"
 
     def gold(strategy: str, feedback: str) -> dict[int, float]:
@@ -255,7 +255,7 @@ def test_leads_are_differences_seed_by_seed(played: tuple[Path, dict]) -> None:
             for r in rows
             if (r["task"], r["strategy"], r["feedback"], r["budget"]) == ("safety", strategy, feedback, 12)
         )
-        assert row["gold_reward"]["mean"] == pytest.approx(np.mean([own[seed] - base[seed] for seed in base]))
+        assert row["lead"]["gold_reward"]["mean"] == pytest.approx(np.mean([own[seed] - base[seed] for seed in base]))
 
 
 def test_a_world_with_too_few_pairs_for_deciles(tmp_path: Path, in_cache: None) -> None:

@@ -1,7 +1,7 @@
 """Does conflict predict the proxy's errors? Every measure against the exact gold, pair by pair and prompt by prompt."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -11,10 +11,10 @@ from dissonance.evaluate.detection import Ordered, correctness, ordered_pairs, p
 from dissonance.evaluate.statistics import auc_of
 from dissonance.likelihood import LIKELIHOODS, loglikelihood
 from dissonance.sandbox import World, cell
+from dissonance.sandbox.world import Cell
 from dissonance.selection.pool import FloatArray
 
 BANDS = 10
-CELLS = ("both", "policy_only", "proxy_only", "neither")
 _POLICY_KNOWS = ("both", "policy_only")
 
 
@@ -31,7 +31,7 @@ def detect(setting: Setting, world: World) -> dict[str, Any]:
     subsets = {
         "all": np.ones(where.size, bool),
         "policy_knows": np.isin(where, _POLICY_KNOWS),
-        **{name: where == name for name in CELLS},
+        **{name: where == name for name in get_args(Cell)},
     }
     rows = []
     n = answers.gold.shape[1]

@@ -49,10 +49,10 @@ def bench(
         progress: opens the progress of the settings and cells.
 
     Returns:
-        `cells`, a row for each; `baselines`, of each setting before anybody was asked; `table`, means over seeds;
-        `label_efficiency` and `label_efficiency_accuracy`, by task and strategy; `paired`, differences to the
-        baseline, a row for each other of the table; and `error_detection`, by task and metric, with `detection`, all
-        that was measured of it.
+        `cells`, a row for each; `baselines`, of each setting before anybody was asked; `table`, means over seeds, and
+        each row's `lead`, the difference to the baseline with the first feedback at the same budget, seed by seed;
+        `label_efficiency` and `label_efficiency_accuracy`, by task and strategy; and `error_detection`, by task and
+        metric, with `detection`, all that was measured of it.
 
     Raises:
         SettingsError: the config has no seeds of that set.
@@ -171,13 +171,12 @@ def summarise(config: BenchConfig, places: Sequence[Place], out: Path) -> dict[s
     return {
         "cells": cells,
         "baselines": baselines,
-        "table": _table(cells, config.replicates),
+        "table": _table(config, cells),
         "start": {
             task: _means([row for row in baselines if row["task"] == task and row["world"] == first], config.replicates)
             for task in config.tasks
         },
         **_against_baseline(config, cells),
-        "paired": _paired(config, cells),
         "error_detection": {
             task: {row["metric"]: {"auc": row["auc"]} for row in detection if _is_main(row, task, first)}
             for task in config.tasks
@@ -217,17 +216,33 @@ def _grouped(cells: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], list[M
     return groups
 
 
-def _table(cells: Sequence[Mapping[str, Any]], replicates: int) -> list[dict[str, Any]]:
-    """Mean over seeds of every task, feedback, strategy and budget."""
+def _table(config: BenchConfig, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean over seeds of every task, feedback, strategy and budget, and its lead over the baseline's."""
     measures = ("judgements", "pairs", *MEASURES, "shared_ignorance_share", "policy_gold_reward")
-    return [
-        {
-            **dict(zip(_KEYS, known, strict=True)),
-            "seeds": len(rows),
-            **{name: _interval([row[name] for row in rows], replicates) for name in measures},
-        }
-        for known, rows in _grouped(cells).items()
-    ]
+    groups = _grouped(cells)
+    table = []
+    for known, rows in groups.items():
+        task, _, _, budget = known
+        baseline = (task, next(iter(config.feedback)), BASELINE, budget)
+        table.append(
+            {
+                **dict(zip(_KEYS, known, strict=True)),
+                "seeds": len(rows),
+                **{name: _interval([row[name] for row in rows], config.replicates) for name in measures},
+                "lead": None if known == baseline else _lead(rows, groups.get(baseline), config.replicates),
+            }
+        )
+    return table
+
+
+def _lead(
+    rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]] | None, replicates: int
+) -> dict[str, Interval | None] | None:
+    """Differences to the baseline's cells, seed by seed; None where there are none."""
+    if baseline is None:
+        return None
+    of = {row["seed"]: row for row in baseline}
+    return {name: _interval([row[name] - of[row["seed"]][name] for row in rows], replicates) for name in MEASURES}
 
 
 def _against_baseline(config: BenchConfig, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -257,30 +272,6 @@ def _against_baseline(config: BenchConfig, cells: Sequence[Mapping[str, Any]]) -
                 for name, own in others.items()
             }
     return found
-
-
-def _paired(config: BenchConfig, cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Differences to the baseline with the first feedback at the same budget, seed by seed; without it, none."""
-    first = next(iter(config.feedback))
-    baselines = {
-        (cell["task"], cell["budget"], cell["seed"]): cell
-        for cell in cells
-        if (cell["strategy"], cell["feedback"]) == (BASELINE, first)
-    }
-    rows = []
-    for (task, feedback, strategy, budget), of in _grouped(cells).items():
-        if (strategy, feedback) != (BASELINE, first) and (task, budget, of[0]["seed"]) in baselines:
-            pairs = [(cell, baselines[task, budget, cell["seed"]]) for cell in of]
-            rows.append(
-                {
-                    **dict(zip(_KEYS, (task, feedback, strategy, budget), strict=True)),
-                    **{
-                        measure: _interval([own[measure] - base[measure] for own, base in pairs], config.replicates)
-                        for measure in MEASURES
-                    },
-                }
-            )
-    return rows
 
 
 @dataclass(frozen=True)

@@ -55,17 +55,16 @@ def _plan_lines(planned: Mapping[str, Any]) -> list[str]:
 
 def _lines(found: Mapping[str, Any]) -> list[str]:
     lines = []
-    keys = ("task", "feedback", "strategy", "budget")
-    leads = {tuple(row[key] for key in keys): row["gold_reward"] for row in found["paired"]}
     for task, start in found["start"].items():
         lines.append(f"{task}: gold reward {said(start['gold_reward_start'])} of a sampled answer")
         lines.append(f"  {'':24}{'judgements':10} {'gold reward':26}{'accuracy':26}lead in gold reward")
         lines.append(f"  nobody asked{'':23}{said(start['gold_reward']):26}{said(start['reward_accuracy'])}")
         for row in found["table"]:
             if row["task"] == task:
-                name, lead = f"{row['strategy']}, {row['feedback']}", leads.get(tuple(row[key] for key in keys))
+                name = f"{row['strategy']}, {row['feedback']}"
+                lead = "" if row["lead"] is None else said(row["lead"]["gold_reward"])
                 figures = f"{said(row['gold_reward']):26}{said(row['reward_accuracy']):26}"
-                lines.append(f"  {name:28}{row['budget']:6,} {figures}{'' if lead is None else said(lead)}".rstrip())
+                lines.append(f"  {name:28}{row['budget']:6,} {figures}{lead}".rstrip())
         for name, interval in found["label_efficiency"].get(task, {}).items():
             bound = "" if interval is None or interval["bound"] is None else f"{interval['bound']} "
             lines.append(f"  a label by {name} is worth {bound}{said(interval)} of random_pairs")

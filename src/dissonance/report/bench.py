@@ -17,7 +17,8 @@ from dissonance.report.round_parts import Values, in_words
 _ROW_HEIGHT = 26
 _BASELINE = "random_pairs"
 _INTERVALS = " Bars are 95 % intervals over the seeds, from five seeds on."
-_CELLS = ("both", "policy_only", "proxy_only", "neither")
+_UNIONS = ("all", "policy_knows")
+"""Subsets of more than one cell of the 2 x 2."""
 _MEASURES = {"gold_reward": "gold reward, best of n", "reward_accuracy": "reward model’s accuracy"}
 
 
@@ -114,14 +115,15 @@ def _efficiencies(summary: Mapping[str, Any]) -> Iterator[Figure]:
 
 def _leads(summary: Mapping[str, Any]) -> Iterator[Figure]:
     """Differences to the baseline at equal judgements."""
-    for task in dict.fromkeys(row["task"] for row in summary["paired"]):
+    led = [row for row in summary["table"] if row["lead"] is not None]
+    for task in dict.fromkeys(row["task"] for row in led):
         rows = [
             {
                 "what": _asked(row, summary["feedback"]),
                 "panel": f"{row['budget']:,} judgements",
-                **row["gold_reward"],
+                **row["lead"]["gold_reward"],
             }
-            for row in summary["paired"]
+            for row in led
             if row["task"] == task
         ]
         said = "; ".join(f"{row['what']}, {row['panel']} {in_words(row, 3)}" for row in rows)
@@ -173,8 +175,9 @@ def _detections(summary: Mapping[str, Any]) -> Iterator[Figure]:
                 spec=_deciles_chart(deciles),
             )
         order = [row["what"] for row in rows]
-        for key, some, what in (("subset", first, "who knows the subject"), ("world", of_task, "world")):
-            within = [row for row in some if row["subset"] in (_CELLS if key == "subset" else ("all",))]
+        cells = [row for row in first if row["subset"] not in _UNIONS]
+        worlds = [row for row in of_task if row["subset"] == "all"]
+        for key, within, what in (("subset", cells, "who knows the subject"), ("world", worlds, "world")):
             if len({row[key] for row in within}) > 1:
                 panels = [{"what": row["metric"], "panel": row[key], **row["auc"]} for row in within]
                 panels.sort(key=lambda row: order.index(row["what"]))
