@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -313,6 +314,27 @@ def test_killed_and_run_again_it_finds_the_same(played: tuple[Path, dict], tmp_p
     assert json.loads(done.stdout) == played[1]
     assert not list((tmp_path / "tiny").rglob(".*.tmp"))
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+def test_interrupted_it_says_so_and_leaves_no_process(tmp_path: Path, cache: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(TINY, sort_keys=False))
+    running = subprocess.Popen(
+        [sys.executable, "-m", "dissonance", "bench", str(file)],
+        env={**os.environ, "DISSONANCE_CACHE": str(cache)},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while running.poll() is None and not any((tmp_path / "tiny" / "settings").glob("*/detection.json")):
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 130
+    assert "interrupted; the same command goes on where it was" in said
+    assert "Traceback" not in said
+    assert not in_group(running.pid)
 
 
 def test_the_page_shows_curves_worths_and_errors(played: tuple[Path, dict], browser: Browser) -> None:  # noqa: F811

@@ -29,6 +29,8 @@ from dissonance.progress import ProgressFactory, quiet
 from dissonance.report.bench import write_bench_report
 
 MEASURES = ("gold_reward", "reward_accuracy")
+_SETTING_STEPS = 15
+"""A setting takes about as long as so many cells, for the time left."""
 
 
 def bench(
@@ -121,15 +123,16 @@ def _play_all(
     """Make every setting; as each is done, play its cells, strategy by strategy."""
     missing = {here: [c for c in cells_of(config, here) if not c.file(config, out).is_file()] for here in places}
     places = [here for here in places if missing[here] or not _is_made(here)]
-    total = sum(1 + len(missing[here]) for here in places)
-    if not total:
+    cells = sum(len(missing[here]) for here in places)
+    if not places:
         return
-    with progress("worlds and cells", total, "cells") as advance, worker_pool(total, workers) as pool:
+    total = _SETTING_STEPS * len(places) + cells
+    with progress("worlds and cells", total, "steps") as advance, worker_pool(len(places) + cells, workers) as pool:
         then: dict[Future[None], tuple[int, list[list[Cell]]]] = {}
         try:
             for here in places:
                 groups = [list(group) for _, group in groupby(missing[here], key=lambda cell: cell.strategy)]
-                then[pool.submit(_make, here, config)] = (1, groups)
+                then[pool.submit(_make, here, config)] = (_SETTING_STEPS, groups)
             while then:
                 finished, _ = wait(then, return_when=FIRST_COMPLETED)
                 for future in finished:
