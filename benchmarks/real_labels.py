@@ -53,7 +53,7 @@ STRATEGIES = {
     "random_prompts_ratings": (StrategyConfig(strategy="random_prompts"), RATINGS),
     **{
         name: (StrategyConfig(), OWN)
-        for name in ("pacs", "kendall", "random_prompts", "margin", "ensemble", "rso", "apl")
+        for name in ("likelihood_gap", "pacs", "kendall", "random_prompts", "margin", "ensemble", "rso", "apl")
     },
 }
 DEVELOPMENT, CONFIRMATION = 100, 0
@@ -178,6 +178,7 @@ def pool(data: Data, asked: Any, proxy: FloatArray, members: Sequence[FloatArray
         pacs=found.pacs,
         text_codes=data.text_codes[asked].ravel(),
         member_rewards=np.stack([(data.features[asked] @ head).ravel() for head in members], axis=1),
+        mean_loglikelihood=data.likelihoods["mean"][asked].ravel(),
         implicit_reward=data.likelihoods["relative"][asked].ravel(),
     )
 

@@ -25,7 +25,7 @@ from dissonance.selection import (
     select,
 )
 
-CONFLICT_DRIVEN = ("shf_cas", "discordant", "spread", "pacs", "kendall")
+CONFLICT_DRIVEN = ("shf_cas", "discordant", "spread", "likelihood_gap", "pacs", "kendall")
 
 
 def z(values):
@@ -54,6 +54,7 @@ def make_pool(prompts) -> Pool:
         pacs=np.concatenate([z(r) - z(v) for r, v in zip(rewards, likelihoods, strict=True)]),
         text_codes=np.concatenate(codes).astype(int),
         member_rewards=np.stack([np.concatenate(rewards), 2 * np.concatenate(likelihoods)], axis=1).astype(float),
+        mean_loglikelihood=np.concatenate(likelihoods).astype(float) % 4,
         implicit_reward=np.concatenate(likelihoods).astype(float) % 3,
     )
 
@@ -111,21 +112,25 @@ def width(pool, i, j):
 
 def askable(pool, strategy):
     """How many judgements there are to ask for, by brute force."""
-    proper = [p for p in range(len(pool.prompt_ids)) if not pool.degenerate[p]]
-    if strategy in ("shf_cas", "pacs"):
-        return sum(len(representatives(pool, p)) for p in proper)
-    if strategy in ("kendall", "random_prompts"):
-        chosen = proper if strategy == "kendall" else range(len(pool.prompt_ids))
-        return sum(len(representatives(pool, p)) - 1 for p in chosen)
-    if strategy == "rso":
-        sizes = [len(representatives(pool, p)) for p in range(len(pool.prompt_ids))]
-        return sum(math.comb(max(2, size // 2), 2) for size in sizes if size > 1)
-    if strategy == "spread":
-        conflicting = [p for p in proper if pool.kendall_tau_distance[p] > 0]
-        return sum(width(pool, i, j) > 0 for i, j in all_pairs(pool) if pool.prompt_of[i] in conflicting)
-    if strategy == "discordant":
-        return sum(opposed(pool, i, j) and not pool.degenerate[pool.prompt_of[i]] for i, j in all_pairs(pool))
-    return len(all_pairs(pool))
+    prompts = range(len(pool.prompt_ids))
+    proper = [p for p in prompts if not pool.degenerate[p]]
+    conflicting = [p for p in proper if pool.kendall_tau_distance[p] > 0]
+    sizes = [len(representatives(pool, p)) for p in prompts]
+    apart = [pool.prompt_of[i] for i, j in all_pairs(pool) if width(pool, i, j) > 0]
+    by_strategy = {
+        "shf_cas": lambda: sum(sizes[p] for p in proper),
+        "pacs": lambda: sum(sizes[p] for p in proper),
+        "kendall": lambda: sum(sizes[p] - 1 for p in proper),
+        "random_prompts": lambda: sum(size - 1 for size in sizes),
+        "rso": lambda: sum(math.comb(max(2, size // 2), 2) for size in sizes if size > 1),
+        "spread": lambda: sum(p in conflicting for p in apart),
+        "likelihood_gap": lambda: sum(
+            pool.prompt_of[i] in conflicting and pool.mean_loglikelihood[i] != pool.mean_loglikelihood[j]
+            for i, j in all_pairs(pool)
+        ),
+        "discordant": lambda: sum(opposed(pool, i, j) and pool.prompt_of[i] in proper for i, j in all_pairs(pool)),
+    }
+    return by_strategy.get(strategy, lambda: len(all_pairs(pool)))()
 
 
 # ---- invariants ----
@@ -146,7 +151,7 @@ def test_the_budget_is_spent_exactly_and_nothing_is_asked_twice(strategy, pool, 
         assert len({pool.text_codes[i] for i in rows}) == len(rows)
         if strategy in CONFLICT_DRIVEN:
             assert not pool.degenerate[pool.prompt_of[rows[0]]]
-    if not strategy.startswith("random") and strategy not in ("discordant", "spread", "rso", "apl"):
+    if not strategy.startswith("random") and strategy not in ("discordant", "spread", "likelihood_gap", "rso", "apl"):
         priorities = [q.priority for q in selection.queries]
         assert priorities == sorted(priorities, reverse=True)
     if strategy in ("shf_cas", "pacs"):
@@ -250,7 +255,7 @@ def test_apl_does_not_hang_on_blocks_and_needs_a_reference(monkeypatch):
     assert [q.priority for q in choose(pool, "apl", 60).queries] == whole
     with pytest.raises(SettingsError, match="needs what a reference model says"):
         choose(dataclasses.replace(pool, implicit_reward=None), "apl", 2)
-    with pytest.raises(DataError, match="prompt 'p0' has an implicit_reward that is not a finite number"):
+    with pytest.raises(DataError, match="prompt 'p0' has a completion whose implicit_reward is not a finite number"):
         dataclasses.replace(pool, implicit_reward=np.full(200, np.nan))
     with pytest.raises(DataError, match=r"implicit_reward has shape \(3,\), expected \(200,\)"):
         dataclasses.replace(pool, implicit_reward=np.zeros(3))
@@ -312,6 +317,27 @@ def test_spread_goes_round_by_falling_width(pool, budget, seed):
         asked.setdefault(query.prompt_id, []).append(query.priority)
     for prompt, widths in asked.items():
         assert widths == pytest.approx(sorted(by_prompt[prompt], reverse=True)[: len(widths)])
+    turns = [sum(q.prompt_id == query.prompt_id for q in queries[:at]) for at, query in enumerate(queries)]
+    assert turns == sorted(turns), "no prompt again before every prompt was asked about"
+
+
+@settings(deadline=None, max_examples=60)
+@given(pool=pools(), budget=st.integers(1, 40), seed=st.integers(0, 5), known=st.booleans())
+def test_likelihood_gap_goes_round_by_falling_gap(pool, budget, seed, known):
+    if not known:
+        pool = dataclasses.replace(pool, mean_loglikelihood=None)
+    values = pool.mean_loglikelihood if known else pool.loglikelihood
+    by_prompt = {}
+    for i, j in all_pairs(pool):
+        p = pool.prompt_of[i]
+        if pool.kendall_tau_distance[p] > 0 and not pool.degenerate[p] and values[i] != values[j]:
+            by_prompt.setdefault(f"p{p}", []).append(abs(values[i] - values[j]))
+    queries = choose(pool, "likelihood_gap", budget, seed).queries
+    asked = {}
+    for query in queries:
+        asked.setdefault(query.prompt_id, []).append(query.priority)
+    for prompt, gaps in asked.items():
+        assert gaps == sorted(by_prompt[prompt], reverse=True)[: len(gaps)]
     turns = [sum(q.prompt_id == query.prompt_id for q in queries[:at]) for at, query in enumerate(queries)]
     assert turns == sorted(turns), "no prompt again before every prompt was asked about"
 
@@ -384,11 +410,13 @@ def test_ties_do_not_favour_what_stands_first(strategy):
 
 def test_reasons_are_for_people():
     pool = make_pool([(np.array([3.0, 0.0, 1.0]), np.array([-9.0, -1.0, -5.0]), np.arange(3))])
+    pool = dataclasses.replace(pool, mean_loglikelihood=np.array([-0.9, -0.1, -0.5]))
     reasons = {name: choose(pool, name, 2).queries[0].reason for name in STRATEGIES}
     assert reasons["pacs"] == reasons["shf_cas"]
     assert reasons["pacs"].startswith("K = 1.00; reward ranks it 1 of 3, policy 3 of 3; PACS +2.")
     assert reasons["discordant"].startswith("K = 1.00; reward prefers 100, policy 101; PACS ")
     assert reasons["spread"].startswith("K = 1.00; reward and likelihood put them ")
+    assert reasons["likelihood_gap"] == "K = 1.00; policy prefers 101 to 100 by 0.80 nats a token"
     assert reasons["kendall"] == "K = 1.00; all 3 answers"
     assert reasons["margin"] == "rewards only 1 apart"
     assert reasons["apl"].startswith("implicit rewards ")
@@ -514,7 +542,7 @@ def test_a_callable_that_breaks_the_rules_is_refused(queries, message):
 def test_settings_that_make_no_sense():
     pool = random_pool(2, 3)
     with pytest.raises(
-        SettingsError, match="unknown strategy 'shfcas': use one of shf_cas, discordant, spread, pacs, kendall,"
+        SettingsError, match="unknown strategy 'shfcas': use one of shf_cas, discordant, spread, likelihood_gap,"
     ):
         choose(pool, "shfcas", 1)
     for budget in (0, -1):
@@ -603,12 +631,17 @@ def test_chunks_of_a_table_make_no_difference():
     ("changes", "likelihood", "error", "message"),
     [
         ({"pacs": [None, 1.0, 1.0, 1.0, 1.0]}, "sum", DataError, "prompt 'y' has no pacs"),
-        ({"reward": [math.nan, 1.0, 1.0, 1.0, 1.0]}, "sum", DataError, "prompt 'y' has a reward that is not a finite"),
+        (
+            {"reward": [math.nan, 1.0, 1.0, 1.0, 1.0]},
+            "sum",
+            DataError,
+            "prompt 'y' has a completion whose reward is not a",
+        ),
         (
             {"logprob": [0.0, -math.inf, 0.0, 0.0, 0.0]},
             "sum",
             DataError,
-            "prompt 'x' has a loglikelihood that is not a",
+            "prompt 'x' has a completion whose loglikelihood is not a",
         ),
         ({"completion_id": [0, 2, 0, 0, 1]}, "sum", DataError, "prompt 'y' has two completions with the same"),
         ({"prompt_id": ["y", "x", "z", "y", "x"]}, "sum", DataError, "prompt 'z' has completions, but no row"),

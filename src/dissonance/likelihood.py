@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dissonance.errors import DataError, SettingsError
@@ -33,6 +34,13 @@ def loglikelihood(completions: pa.Table, likelihood: Likelihood) -> NDArray[np.f
             raise DataError(f"row {int(np.argmax(other[0] < 1)) + 1}: n_tokens is below 1, so there is no mean")
         return logprob / other[0]
     return logprob - other[0] if likelihood == "relative" else logprob
+
+
+def has_reading(completions: pa.Table, likelihood: Likelihood) -> bool:
+    """Whether every completion has what a reading takes."""
+    if any(name not in completions.column_names or completions[name].null_count for name in _NEEDS[likelihood]):
+        return False
+    return likelihood != "mean" or not len(completions) or pc.min(completions["n_tokens"]).as_py() >= 1
 
 
 def _column(completions: pa.Table, name: str, likelihood: str) -> NDArray[np.float64]:

@@ -10,9 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dissonance.errors import DataError
-from dissonance.likelihood import Likelihood, loglikelihood
-
-_RELATIVE = ("logprob", "ref_logprob")
+from dissonance.likelihood import Likelihood, has_reading, loglikelihood
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -58,6 +56,9 @@ class Pool:
 
     implicit_reward: FloatArray | None = None
     """(R,): log pi(y | x) - log pi_ref(y | x), nats, where there is a reference model: DPO's reward over its beta."""
+
+    mean_loglikelihood: FloatArray | None = None
+    """(R,): nats per token, where the answers' lengths are known."""
 
     def __post_init__(self) -> None:
         self._check_shapes()
@@ -111,8 +112,9 @@ class Pool:
         for name, length in (per_prompt | per_row).items():
             if getattr(self, name).shape != (length,):
                 raise DataError(f"pool: {name} has shape {getattr(self, name).shape}, expected ({length},)")
-        if self.implicit_reward is not None and self.implicit_reward.shape != (n_rows,):
-            raise DataError(f"pool: implicit_reward has shape {self.implicit_reward.shape}, expected ({n_rows},)")
+        for name in ("mean_loglikelihood", "implicit_reward"):
+            if (values := getattr(self, name)) is not None and values.shape != (n_rows,):
+                raise DataError(f"pool: {name} has shape {values.shape}, expected ({n_rows},)")
         members = self.member_rewards
         if members is not None and (members.ndim != 2 or len(members) != n_rows or members.shape[1] < 2):
             raise DataError(f"pool: member_rewards has shape {members.shape}, expected ({n_rows}, 2 or more)")
@@ -125,14 +127,13 @@ class Pool:
     def _check_values(self) -> None:
         k = self.kendall_tau_distance
         self._refuse_prompts(~((k >= 0) & (k <= 1)), "has a kendall_tau_distance outside [0, 1]")
-        for name in ("reward", "loglikelihood", "pacs"):
-            self._refuse_rows(~np.isfinite(getattr(self, name)), f"has a {name} that is not a finite number")
+        for name in ("reward", "loglikelihood", "pacs", "mean_loglikelihood", "implicit_reward"):
+            if (values := getattr(self, name)) is not None:
+                self._refuse_rows(~np.isfinite(values), f"has a completion whose {name} is not a finite number")
         if self.member_rewards is not None:
             self._refuse_rows(
                 np.asarray(~np.isfinite(self.member_rewards).all(axis=1)), "has member_rewards that are no numbers"
             )
-        if self.implicit_reward is not None:
-            self._refuse_rows(~np.isfinite(self.implicit_reward), "has an implicit_reward that is not a finite number")
         order = np.lexsort((self.completion_ids, self.prompt_of))
         ids, prompts = self.completion_ids[order], self.prompt_of[order]
         repeated = np.zeros(len(order), dtype=bool)
@@ -182,13 +183,13 @@ def pool_from_tables(prompts: pa.Table, completions: pa.Table, likelihood: Likel
         pacs=_numbers(completions, "pacs", pa.float64())[order],
         text_codes=_text_codes(completions)[order],
         member_rewards=None if (members := _member_rewards(completions)) is None else members[order],
-        implicit_reward=loglikelihood(completions, "relative")[order] if _has_reference(completions) else None,
+        mean_loglikelihood=_reading(completions, "mean", order),
+        implicit_reward=_reading(completions, "relative", order),
     )
 
 
-def _has_reference(completions: pa.Table) -> bool:
-    """Whether every completion has a log-likelihood under a reference model, and under the policy too."""
-    return all(name in completions.column_names and not completions[name].null_count for name in _RELATIVE)
+def _reading(completions: pa.Table, name: Likelihood, order: IntArray) -> FloatArray | None:
+    return loglikelihood(completions, name)[order] if has_reading(completions, name) else None
 
 
 def _numbers(table: pa.Table, name: str, dtype: pa.DataType) -> NDArray[Any]:

@@ -21,7 +21,11 @@ from dissonance.selection.thresholds import (
     effective_thresholds,
 )
 
-_TAKES = {"shf_cas": {"tau", "delta"}, "kendall": {"tau"}, "discordant": {"tau"}, "spread": {"tau"}, "pacs": {"delta"}}
+_TAKES = {
+    "shf_cas": {"tau", "delta"},
+    "pacs": {"delta"},
+    **{name: {"tau"} for name in ("kendall", "discordant", "spread", "likelihood_gap")},
+}
 """The thresholds that each conflict-driven strategy uses; a strategy of the user's may use both."""
 
 

@@ -3,7 +3,7 @@
 All spend the same currency, judgements: 1 for a rating or a comparison, N-1 for a ranking of N. None exceeds the
 budget; each spends all of it if there is enough to ask. Ties are broken by `rng`, since an order by position would
 favour whatever stands first in the file. Degenerate prompts have no conflict, so that `shf_cas`, `discordant`,
-`spread`, `pacs` and `kendall` leave them out; the others, which measure no conflict, do not.
+`spread`, `likelihood_gap`, `pacs` and `kendall` leave them out; the others, which measure no conflict, do not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -94,6 +94,24 @@ def spread(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Gener
 
     asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps)
     return [_comparison(pool, i, j, gap, _distance(pool, i, gap)) for i, j, gap in asked]
+
+
+def likelihood_gap(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
+    """Draw prompts in proportion to K^2, and compare in each the policy's likeliest answer with its least likely.
+
+    Whatever the reward model says of the two: where the policy is surest, its opinion is most worth checking, and two
+    answers that it tells apart differ in something that it knows. By the log-likelihood per token where the answers'
+    lengths are known; summed, the gap is mostly that between a short answer and a long one. Kin to `apl`, without a
+    reference. Once every prompt was asked about, the same order is gone through again with the next-largest gap. Ours.
+    """
+    values = pool.loglikelihood if pool.mean_loglikelihood is None else pool.mean_loglikelihood
+
+    def gaps(first: IntArray, second: IntArray) -> FloatArray:
+        apart: FloatArray = np.abs(values[first] - values[second])
+        return apart
+
+    asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps)
+    return [_comparison(pool, i, j, gap, _surety(pool, i, j, values)) for i, j, gap in asked]
 
 
 def margin(pool: Pool, budget: int, _thresholds: Thresholds, rng: np.random.Generator) -> list[Query]:
@@ -188,6 +206,7 @@ STRATEGIES: dict[str, Strategy] = {
     "shf_cas": shf_cas,
     "discordant": discordant,
     "spread": spread,
+    "likelihood_gap": likelihood_gap,
     "pacs": pacs,
     "kendall": kendall,
     "random_prompts": random_prompts,
@@ -334,6 +353,14 @@ def _opposition(pool: Pool, first: int, second: int, gap: float) -> str:
     liked, likely = (first, second) if pool.reward[first] > pool.reward[second] else (second, first)
     ids, distance = pool.completion_ids, pool.kendall_tau_distance[pool.prompt_of[first]]
     return f"K = {distance:.2f}; reward prefers {ids[liked]}, policy {ids[likely]}; PACS {gap:.2f} apart"
+
+
+def _surety(pool: Pool, first: int, second: int, values: FloatArray) -> str:
+    likely, unlikely = (first, second) if values[first] > values[second] else (second, first)
+    ids, distance = pool.completion_ids, pool.kendall_tau_distance[pool.prompt_of[first]]
+    unit = "nats" if pool.mean_loglikelihood is None else "nats a token"
+    lead = values[likely] - values[unlikely]
+    return f"K = {distance:.2f}; policy prefers {ids[likely]} to {ids[unlikely]} by {lead:.2f} {unit}"
 
 
 def _distance(pool: Pool, first: int, gap: float) -> str:
