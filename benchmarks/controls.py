@@ -1,4 +1,4 @@
-"""Controls for `spread`: which of the three things that set it apart from random pairs is worth what."""
+"""Controls: which of the things that set `likelihood_gap` and `spread` apart from random pairs is worth what."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ import numpy as np
 
 from dissonance.records import Query
 from dissonance.selection import Pool, Thresholds
-from dissonance.selection.strategies import random_pairs, spread
+from dissonance.selection.strategies import likelihood_gap, random_pairs, spread
 
 
 def one_pair(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> Sequence[Query]:
@@ -22,6 +22,20 @@ def one_pair(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Gen
     return [query for _, _, query in ranked[:budget]]
 
 
+def any_prompt(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> Sequence[Query]:
+    """`likelihood_gap` on prompts drawn uniformly: without the conflict of its prompt."""
+    return likelihood_gap(_without_conflict(pool), budget, thresholds, rng)
+
+
+def summed(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> Sequence[Query]:
+    """`likelihood_gap` by the log-likelihood of whole answers."""
+    return likelihood_gap(replace(pool, mean_loglikelihood=None), budget, thresholds, rng)
+
+
 def widest(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> Sequence[Query]:
     """`spread` on prompts drawn uniformly: the widest pair, without the conflict of its prompt."""
-    return spread(replace(pool, kendall_tau_distance=np.ones(len(pool))), budget, thresholds, rng)
+    return spread(_without_conflict(pool), budget, thresholds, rng)
+
+
+def _without_conflict(pool: Pool) -> Pool:
+    return replace(pool, kendall_tau_distance=np.ones(len(pool)), degenerate=np.zeros(len(pool), bool))

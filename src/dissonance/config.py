@@ -12,6 +12,8 @@ RewardKind = Literal["reward", "cost"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 PolicyMethod = Literal["rloo", "grpo", "dpo", "rso", "best_of_n"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DEFAULT_STRATEGY = "likelihood_gap"
+"""What people are asked about if nothing else is said: the best of those tried on development worlds."""
 
 
 class Section(BaseModel):
@@ -252,7 +254,7 @@ class SelectionConfig(Section):
 
     budget: int = Field(ge=1)
     """Judgements: 1 for a comparison or a rating, N - 1 for a ranking of N."""
-    strategy: str = "shf_cas"
+    strategy: str = DEFAULT_STRATEGY
     tau: float | str | None = None
     """Least K of a prompt, or a quantile such as q0.9."""
     delta: float | str | None = None

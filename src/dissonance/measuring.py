@@ -24,7 +24,7 @@ from dissonance.artifacts import (
     write_table,
 )
 from dissonance.callables import function_source
-from dissonance.config import AuditConfig, ModelConfig, RewardConfig, RewardKind, SelectionConfig
+from dissonance.config import DEFAULT_STRATEGY, AuditConfig, ModelConfig, RewardConfig, RewardKind, SelectionConfig
 from dissonance.errors import DataError, InputError, RunError, SettingsError
 from dissonance.models import Policy, ReferenceModel
 from dissonance.progress import ProgressFactory, quiet
@@ -284,7 +284,7 @@ def select(
     run: Path | str,
     *,
     budget: int,
-    strategy: str | Strategy = "shf_cas",
+    strategy: str | Strategy = DEFAULT_STRATEGY,
     tau: float | str | None = None,
     delta: float | str | None = None,
     seed: int = 0,

@@ -58,6 +58,7 @@ def bench(
 
     Raises:
         SettingsError: the config has no seeds of that set.
+        RunError: `out` holds something else, another process is at it, or the file of a strategy was edited meanwhile.
     """
     out = Path(out)
     places = _places(config, out, seeds)
@@ -68,6 +69,10 @@ def bench(
         for folder in (out, out / "cells", out / "settings"):
             sweep(folder)
         _play_all(config, places, out, workers, progress)
+        if any(not cell.file(config, out).is_file() for here in places for cell in cells_of(config, here)):
+            raise RunError(
+                "the file of a strategy was edited while the benchmark ran: run it again, to play what changed"
+            )
         summary = {
             "seeds": seeds,
             "feedback": next(iter(config.feedback)),

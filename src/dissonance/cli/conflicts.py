@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from dissonance.cli.common import Json, Out, Quiet, RunFolder, progress_of, say
-from dissonance.config import AuditConfig, Dtype, RewardKind, parse_section
+from dissonance.config import DEFAULT_STRATEGY, AuditConfig, Dtype, RewardKind, parse_section
 from dissonance.errors import SettingsError
 from dissonance.likelihood import Likelihood
 from dissonance.scored import ScoredLikelihood
@@ -134,9 +134,10 @@ def select(
     strategy: Annotated[
         str,
         typer.Option(
-            help="shf_cas, discordant, spread, pacs, kendall, random_prompts, random_pairs, margin, ensemble, rso, apl."
+            help="likelihood_gap, spread, discordant, shf_cas, pacs, kendall, random_prompts, random_pairs, margin, "
+            "ensemble, rso, apl."
         ),
-    ] = "shf_cas",
+    ] = DEFAULT_STRATEGY,
     tau: Annotated[str | None, typer.Option(help="Least K of a prompt: 0.6, or a quantile: q0.9.")] = None,
     delta: Annotated[str | None, typer.Option(help="Least |PACS| of a completion: 1.2, or a quantile: q0.8.")] = None,
     seed: Annotated[int, typer.Option(help="Of the strategies that draw.")] = 0,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
+from dissonance.config import DEFAULT_STRATEGY
 from dissonance.errors import SettingsError
 from dissonance.records import QUERIES_SCHEMA, Query
 from dissonance.selection.pool import Pool
@@ -58,7 +59,7 @@ class Selection:
 
 def select(
     pool: Pool,
-    strategy: str | Strategy = "shf_cas",
+    strategy: str | Strategy = DEFAULT_STRATEGY,
     *,
     budget: int,
     rng: np.random.Generator,
