@@ -148,7 +148,7 @@ def select(
 ) -> None:
     """Choose what to ask people, within a budget; writes queries.parquet into the round's folder.
 
-    Example: dissonance select run --strategy discordant --budget 200
+    Example: dissonance select run --budget 200
     """
     from dissonance.measuring import select as run_select
 
