@@ -12,13 +12,16 @@ from dissonance.selection.strategies import conflicting_prompts, spread
 
 
 def balanced(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> Sequence[Query]:
-    """`spread`, but every second comparison is of a discordant pair, and every other of a concordant one."""
+    """`spread`, but of every second prompt the widest discordant pair, and of the others the widest concordant one."""
     every = spread(pool, len(pool) * 1_000, thresholds, rng)
     place = {name: p for p, name in enumerate(pool.prompt_ids)}
     order = list(dict.fromkeys(query.prompt_id for query in every))
     side = {name: (-1, 1)[turn % 2] for turn, name in enumerate(order)}
-    kept = [query for query in every if _agreement(pool, place[query.prompt_id], query) == side[query.prompt_id]]
-    return kept[:budget]
+    first: dict[str, Query] = {}
+    for query in every:
+        if _agreement(pool, place[query.prompt_id], query) == side[query.prompt_id]:
+            first.setdefault(query.prompt_id, query)
+    return [first[name] for name in order if name in first][:budget]
 
 
 def _agreement(pool: Pool, prompt: int, query: Query) -> int:

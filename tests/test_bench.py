@@ -22,14 +22,17 @@ from dissonance.bench import BenchConfig, bench
 from dissonance.bench.cell import Cell, cells_of, choose, grade
 from dissonance.bench.config import FeedbackKind, StrategyConfig
 from dissonance.bench.efficiency import efficiency, efficiency_interval, mean_over_seeds
-from dissonance.bench.run import summarise
+from dissonance.bench.run import _play, summarise
 from dissonance.bench.setting import load_setting, place
+from dissonance.callables import import_callable
 from dissonance.config import parse_section
-from dissonance.errors import ModelError, SettingsError
+from dissonance.errors import ModelError, RunError, SettingsError
 from dissonance.evaluate.statistics import Bootstrap
 from dissonance.sandbox import cell as cell_of
 from dissonance.sandbox import gold_reward
+from dissonance.selection import select
 from test_report import browser, opened  # noqa: F401
+from test_selection import flat, opposed, random_pool
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = yaml.safe_load((BENCHMARKS / "label_efficiency_tiny.yaml").read_text())
@@ -138,7 +141,7 @@ def test_every_cell_is_there_and_spends_what_it_may(played: tuple[Path, dict]) -
     out, found = played
     assert found == json.loads((out / "summary.json").read_text())
     cells = found["cells"]
-    expected = 2 * 2 * (5 * 2 + 1 + 2)  # tasks, seeds, strategies x budgets and the other kinds of feedback
+    expected = 2 * 2 * (6 * 2 + 1 + 2)  # tasks, seeds, strategies x budgets and the other kinds of feedback
     assert len(cells) == expected
     assert len({tuple(c[k] for k in ("task", "seed", "strategy", "budget", "feedback")) for c in cells}) == expected
     assert all(cell["judgements"] == cell["budget"] for cell in cells)
@@ -259,6 +262,17 @@ def test_leads_are_differences_seed_by_seed(played: tuple[Path, dict]) -> None:
         assert row["lead"]["gold_reward"]["mean"] == pytest.approx(np.mean([own[seed] - base[seed] for seed in base]))
 
 
+def test_a_strategy_edited_meanwhile_is_not_taken_for_what_was_played(
+    played: tuple[Path, dict], tmp_path: Path, in_cache: None
+) -> None:
+    config = parse_section(BenchConfig, TINY)
+    (cell, *_) = cells_of(config, place(config, "safety", "biased", 0, played[0]))
+    before = tmp_path / "named-by-what-it-was.json"
+    with pytest.raises(RunError, match="the file of random_pairs was edited while the benchmark ran: run it again"):
+        _play({cell: before}, config, played[0])
+    assert not before.exists()
+
+
 def test_a_world_with_too_few_pairs_for_deciles(tmp_path: Path, in_cache: None) -> None:
     few = {**TINY, "tasks": ["safety"], "worlds": {"biased": TINY["worlds"]["biased"]}, "seeds": {"confirmation": [0]}}
     few |= {"strategies": {}, "budgets": [], "feedback": {"comparisons": {}}, "policy": None}
@@ -350,7 +364,7 @@ def test_the_page_shows_curves_worths_and_errors(played: tuple[Path, dict], brow
     charts = shown.page.locator("[data-chart]")
     assert charts.count() == len(headings) - 2  # and two tables
     assert all(chart.locator("svg").count() == 1 for chart in charts.all())
-    assert shown.page.locator("#table-safety tr").count() == 1 + 13
+    assert shown.page.locator("#table-safety tr").count() == 1 + 15
     assert not shown.complaints
 
 
@@ -367,10 +381,10 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path, capsys: pytest.Capt
     file = written(tmp_path)
     assert cli.run(["bench", file, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
-        "seeds": [0, 1], "settings": 8, "settings_made": 0, "cells": 52, "cells_played": 0,
+        "seeds": [0, 1], "settings": 8, "settings_made": 0, "cells": 60, "cells_played": 0,
     }  # fmt: skip
     assert cli.run(["bench", file, "--dry-run", "--development", "--set", "tasks=[safety]"]) == 0
-    assert "cells: 13, of which 0 are there" in capsys.readouterr().out
+    assert "cells: 15, of which 0 are there" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
 
 
@@ -379,6 +393,31 @@ def test_every_benchmark_can_be_planned(file: Path, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(BENCHMARKS.parent)
     for options in ([], ["--development"]):
         assert cli.run(["bench", str(file), "--dry-run", "--out", str(tmp_path / "out"), *options]) == 0
+
+
+CALLABLES = {
+    *(f"benchmarks.controls:{name}" for name in ("one_pair", "any_prompt", "summed", "widest")),
+    *(f"benchmarks.candidates:{name}" for name in ("balanced", "spread_of_3", "spread_of_4", "spread_of_8")),
+}
+
+
+@pytest.mark.parametrize("named", sorted(CALLABLES))
+def test_controls_and_candidates_keep_to_the_budget(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(BENCHMARKS.parent)
+    pool = random_pool(40, 6)
+    for budget in (1, 2, 20, 41):
+        chosen = select(pool, import_callable(named, "strategy"), budget=budget, rng=np.random.default_rng(0))
+        assert chosen.judgements == budget or (named.endswith("balanced") and budget > 38)
+    if named.endswith("balanced"):
+        ends = [flat(pool, query) for query in chosen.queries]
+        assert 0.4 < np.mean([opposed(pool, i, j) for i, j in ends]) < 0.6
+        assert len({query.prompt_id for query in chosen.queries}) == len(chosen.queries)
+
+
+def test_every_callable_of_the_configs_is_tried_above() -> None:
+    configs = [yaml.safe_load(file.read_text()) for file in BENCHMARKS.glob("*.yaml")]
+    named = {of.get("strategy", "") for config in configs for of in config.get("strategies", {}).values()}
+    assert {name for name in named if ":" in name} <= CALLABLES
 
 
 MISTAKES = {
@@ -465,7 +504,7 @@ def test_a_callable_is_another_cell_once_it_was_edited(tmp_path: Path, monkeypat
 def test_without_a_baseline_or_strategies_there_is_no_efficiency(tmp_path: Path) -> None:
     config = parse_section(BenchConfig, {"seeds": {"confirmation": [0]}})
     assert cells_of(config, place(config, "safety", "default", 0, tmp_path)) == []
-    assert summarise(config, [], tmp_path)["label_efficiency"] == {}
+    assert summarise(config, [], {})["label_efficiency"] == {}
     with pytest.raises(SettingsError, match=r"seeds.development is empty"):
         bench(config, tmp_path, seeds="development")
     with pytest.raises(ModelError, match="strategy: os:path is a module, not a callable"):

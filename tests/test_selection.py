@@ -402,6 +402,26 @@ def test_rankings_end_on_the_budget_with_part_of_a_prompt():
     assert len({choose(pool, "random_prompts", 1, seed).queries[0].completion_ids for seed in range(40)}) == 6
 
 
+@pytest.mark.parametrize("strategy", ["discordant", "spread", "likelihood_gap"])
+def test_ties_within_a_prompt_do_not_favour_what_stands_first(strategy):
+    scores = np.array([0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    pool = make_pool([(scores, 1 - scores, np.arange(6))])
+    assert len({choose(pool, strategy, 1, seed).queries[0].completion_ids for seed in range(40)}) > 5
+
+
+def test_without_lengths_likelihood_gap_warns():
+    pool = random_pool(4, 3)
+    assert not any("n_tokens" in line for line in choose(pool, "likelihood_gap", 2).explanation)
+    without = dataclasses.replace(pool, mean_loglikelihood=None)
+    assert "n_tokens is not known of every completion" in " ".join(choose(without, "likelihood_gap", 2).explanation)
+    assert not any("n_tokens" in line for line in choose(without, "spread", 2).explanation)
+
+
+def test_by_default_the_policys_likeliest_answer_is_compared_with_its_least_likely():
+    found = select(random_pool(4, 3), budget=3, rng=np.random.default_rng(0))
+    assert (found.strategy, {query.kind for query in found.queries}) == ("likelihood_gap", {"pairwise"})
+
+
 @pytest.mark.parametrize("strategy", ["shf_cas", "pacs", "kendall", "margin"])
 def test_ties_do_not_favour_what_stands_first(strategy):
     pool = make_pool([(np.array([0.0, 1.0]), np.array([1.0, 0.0]), np.arange(2))] * 30)
@@ -416,7 +436,7 @@ def test_reasons_are_for_people():
     assert reasons["pacs"].startswith("K = 1.00; reward ranks it 1 of 3, policy 3 of 3; PACS +2.")
     assert reasons["discordant"].startswith("K = 1.00; reward prefers 100, policy 101; PACS ")
     assert reasons["spread"].startswith("K = 1.00; reward and likelihood put them ")
-    assert reasons["likelihood_gap"] == "K = 1.00; policy prefers 101 to 100 by 0.80 nats a token"
+    assert reasons["likelihood_gap"] == "K = 1.00; per token, policy prefers 101 to 100 by 0.80 nats"
     assert reasons["kendall"] == "K = 1.00; all 3 answers"
     assert reasons["margin"] == "rewards only 1 apart"
     assert reasons["apl"].startswith("implicit rewards ")
@@ -591,6 +611,10 @@ def test_a_pool_is_built_from_the_tables_in_any_order():
     assert pool_from_tables(*tables(text=[None] * 5), "sum").n_answers.tolist() == [3, 2]
     assert pool_from_tables(*tables(), "mean").loglikelihood.tolist() == [-0.6, -0.625, -0.5, -0.4, -0.5]
     assert pool_from_tables(*tables(), "relative").loglikelihood.tolist() == [0, -1, -1, 4, 0.5]
+    assert pool.mean_loglikelihood.tolist() == [-0.6, -0.625, -0.5, -0.4, -0.5], "whatever the reading"
+    assert pool.implicit_reward.tolist() == [0, -1, -1, 4, 0.5]
+    for unknown in (None, [2, 4, None, 10, 8], [2, 4, 0, 10, 8]):
+        assert pool_from_tables(*tables(n_tokens=unknown), "sum").mean_loglikelihood is None
 
 
 def test_the_rewards_of_an_ensemble_come_with_their_completions():

@@ -51,10 +51,11 @@ def bench(
         progress: opens the progress of the settings and cells.
 
     Returns:
-        `cells`, a row for each; `baselines`, of each setting before anybody was asked; `table`, means over seeds, and
-        each row's `lead`, the difference to the baseline with the first feedback at the same budget, seed by seed;
-        `label_efficiency` and `label_efficiency_accuracy`, by task and strategy; and `error_detection`, by task and
-        metric, with `detection`, all that was measured of it.
+        `seeds` and `feedback`, which set and which kind the rest is of; `cells`, a row for each; `baselines`, of each
+        setting before anybody was asked, and `start`, their means; `table`, means over seeds, and each row's `lead`,
+        the difference to the baseline with the first feedback at the same budget, seed by seed; `label_efficiency` and
+        `label_efficiency_accuracy`, by task and strategy; `error_detection`, by task and metric, with `detection`, all
+        that was measured of it; `versions`.
 
     Raises:
         SettingsError: the config has no seeds of that set.
@@ -68,15 +69,12 @@ def bench(
     with locked(out):
         for folder in (out, out / "cells", out / "settings"):
             sweep(folder)
-        _play_all(config, places, out, workers, progress)
-        if any(not cell.file(config, out).is_file() for here in places for cell in cells_of(config, here)):
-            raise RunError(
-                "the file of a strategy was edited while the benchmark ran: run it again, to play what changed"
-            )
+        files = {cell: cell.file(config, out) for here in places for cell in cells_of(config, here)}
+        _play_all(config, places, files, out, workers, progress)
         summary = {
             "seeds": seeds,
             "feedback": next(iter(config.feedback)),
-            **summarise(config, places, out),
+            **summarise(config, places, files),
             "versions": versions(),
         }
         write_json(out / "summary.json", summary)
@@ -123,21 +121,27 @@ def _places(config: BenchConfig, out: Path, seeds: SeedSet) -> list[Place]:
 
 
 def _play_all(
-    config: BenchConfig, places: Sequence[Place], out: Path, workers: int | None, progress: ProgressFactory
+    config: BenchConfig,
+    places: Sequence[Place],
+    files: Mapping[Cell, Path],
+    out: Path,
+    workers: int | None,
+    progress: ProgressFactory,
 ) -> None:
     """Make every setting; as each is done, play its cells, strategy by strategy."""
-    missing = {here: [c for c in cells_of(config, here) if not c.file(config, out).is_file()] for here in places}
-    places = [here for here in places if missing[here] or not _is_made(here)]
+    missing = {here: [cell for cell in cells_of(config, here) if not files[cell].is_file()] for here in places}
+    steps = {here: 0 if _is_made(here) else _SETTING_STEPS for here in places}
+    places = [here for here in places if missing[here] or steps[here]]
     cells = sum(len(missing[here]) for here in places)
     if not places:
         return
-    total = _SETTING_STEPS * len(places) + cells
+    total = sum(steps[here] for here in places) + cells
     with progress("worlds and cells", total, "steps") as advance, worker_pool(len(places) + cells, workers) as pool:
         then: dict[Future[None], tuple[int, list[list[Cell]]]] = {}
         try:
             for here in places:
                 groups = [list(group) for _, group in groupby(missing[here], key=lambda cell: cell.strategy)]
-                then[pool.submit(_make, here, config)] = (_SETTING_STEPS, groups)
+                then[pool.submit(_make, here, config)] = (steps[here], groups)
             while then:
                 finished, _ = wait(then, return_when=FIRST_COMPLETED)
                 for future in finished:
@@ -145,7 +149,7 @@ def _play_all(
                     done, groups = then.pop(future)
                     advance(done)
                     for group in groups:
-                        then[pool.submit(_play, group, config, out)] = (len(group), [])
+                        then[pool.submit(_play, {cell: files[cell] for cell in group}, config, out)] = (len(group), [])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
@@ -165,14 +169,20 @@ def _is_made(here: Place) -> bool:
     return (here.folder / "baseline.json").is_file()
 
 
-def _play(cells: Sequence[Cell], config: BenchConfig, out: Path) -> None:
-    for cell in cells:
-        write_json(cell.file(config, out), play(cell, config))
+def _play(files: Mapping[Cell, Path], config: BenchConfig, out: Path) -> None:
+    for cell, file in files.items():
+        found = play(cell, config)
+        if cell.file(config, out) != file:
+            raise RunError(
+                f"the file of {config.asked[cell.strategy]} was edited while the benchmark ran: run it again, which "
+                "plays its cells anew"
+            )
+        write_json(file, found)
 
 
-def summarise(config: BenchConfig, places: Sequence[Place], out: Path) -> dict[str, Any]:
+def summarise(config: BenchConfig, places: Sequence[Place], files: Mapping[Cell, Path]) -> dict[str, Any]:
     """What the cells come to."""
-    cells = [{**read_json(cell.file(config, out)), **cell.known} for here in places for cell in cells_of(config, here)]
+    cells = [{**read_json(file), **cell.known} for cell, file in files.items()]
     baselines = [{**read_json(here.folder / "baseline.json"), **here.known} for here in places]
     detection = _detection(places, config.replicates)
     first = next(iter(config.worlds))

@@ -12,7 +12,13 @@ from dissonance.config import DEFAULT_STRATEGY
 from dissonance.errors import SettingsError
 from dissonance.records import QUERIES_SCHEMA, Query
 from dissonance.selection.pool import Pool
-from dissonance.selection.strategies import STRATEGIES, Strategy, conflicting_answers, conflicting_prompts
+from dissonance.selection.strategies import (
+    STRATEGIES,
+    Strategy,
+    conflicting_answers,
+    conflicting_prompts,
+    likelihood_gap,
+)
 from dissonance.selection.thresholds import (
     Threshold,
     ThresholdName,
@@ -28,6 +34,11 @@ _TAKES = {
     **{name: {"tau"} for name in ("kendall", "discordant", "spread", "likelihood_gap")},
 }
 """The thresholds that each conflict-driven strategy uses; a strategy of the user's may use both."""
+
+_NO_LENGTHS = (
+    "warning: n_tokens is not known of every completion, so gaps are of whole answers, short against long: add it, or "
+    "choose another strategy"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +94,8 @@ def select(
     queries = tuple(ask(pool, budget, thresholds, rng))
     _check_queries(pool, name, queries, budget)
     lines = [_funnel(pool, name, thresholds, queries, budget), *comparisons(pool, thresholds)]
+    if ask is likelihood_gap and pool.mean_loglikelihood is None:
+        lines.append(_NO_LENGTHS)
     selection = Selection(name, queries, thresholds, tuple(lines))
     if selection.judgements < budget:
         note = f"note: there is no more to ask: {selection.judgements:,} of {_count(budget, 'judgement')} are spent"

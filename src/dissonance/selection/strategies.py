@@ -76,7 +76,7 @@ def discordant(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.G
         )
         return np.where(opposed < 0, np.abs(pool.pacs[first] - pool.pacs[second]), 0.0)
 
-    asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps)
+    asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps, rng)
     return [_comparison(pool, i, j, gap, _opposition(pool, i, j, gap)) for i, j, gap in asked]
 
 
@@ -92,7 +92,7 @@ def spread(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Gener
         reward, likelihood = pool.z_reward, pool.z_loglikelihood
         return np.abs(reward[first] - reward[second]) + np.abs(likelihood[first] - likelihood[second])
 
-    asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps)
+    asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps, rng)
     return [_comparison(pool, i, j, gap, _distance(pool, i, gap)) for i, j, gap in asked]
 
 
@@ -110,7 +110,7 @@ def likelihood_gap(pool: Pool, budget: int, thresholds: Thresholds, rng: np.rand
         apart: FloatArray = np.abs(values[first] - values[second])
         return apart
 
-    asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps)
+    asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps, rng)
     return [_comparison(pool, i, j, gap, _surety(pool, i, j, values)) for i, j, gap in asked]
 
 
@@ -299,7 +299,11 @@ def _drawn_by_conflict(pool: Pool, thresholds: Thresholds, rng: np.random.Genera
 
 
 def _widest_rounds(
-    pool: Pool, prompts: IntArray, budget: int, measure: Callable[[IntArray, IntArray], FloatArray]
+    pool: Pool,
+    prompts: IntArray,
+    budget: int,
+    measure: Callable[[IntArray, IntArray], FloatArray],
+    rng: np.random.Generator,
 ) -> list[tuple[int, int, float]]:
     """Pairs (first, second, gap): of each prompt, in order, the one with the largest gap above 0, then the next, ..."""
     place = np.empty(len(pool), dtype=np.int64)
@@ -316,7 +320,7 @@ def _widest_rounds(
             break
     first, second, gap = (np.concatenate(column) for column in zip(*blocks, strict=True))
     where = place[pool.prompt_of[first]]
-    order = np.lexsort((-gap, where))
+    order = np.lexsort((rng.random(len(gap)), -gap, where))
     asked = np.lexsort((where, _turns(where, order)))[:budget]
     return [(int(first[k]), int(second[k]), float(gap[k])) for k in asked]
 
@@ -358,9 +362,9 @@ def _opposition(pool: Pool, first: int, second: int, gap: float) -> str:
 def _surety(pool: Pool, first: int, second: int, values: FloatArray) -> str:
     likely, unlikely = (first, second) if values[first] > values[second] else (second, first)
     ids, distance = pool.completion_ids, pool.kendall_tau_distance[pool.prompt_of[first]]
-    unit = "nats" if pool.mean_loglikelihood is None else "nats a token"
+    reading = "" if pool.mean_loglikelihood is None else "per token, "
     lead = values[likely] - values[unlikely]
-    return f"K = {distance:.2f}; policy prefers {ids[likely]} to {ids[unlikely]} by {lead:.2f} {unit}"
+    return f"K = {distance:.2f}; {reading}policy prefers {ids[likely]} to {ids[unlikely]} by {lead:.2f} nats"
 
 
 def _distance(pool: Pool, first: int, gap: float) -> str:
