@@ -357,7 +357,7 @@ def test_the_page_shows_curves_worths_and_errors(played: tuple[Path, dict], brow
     assert "Helpfulness: gold reward, best of n" in headings
     assert "Safety: what a label is worth" in headings
     assert "Safety: what predicts the proxy’s errors" in headings
-    assert "Safety: lead over random_pairs at equal judgements" in headings
+    assert "Safety: lead over random_pairs with the same budget" in headings
     assert "Safety: errors by decile of each measure" in headings
     assert "Safety: what predicts the proxy’s errors, by who knows the subject" in headings
     assert "Safety: what predicts the proxy’s errors, by world" in headings
@@ -418,6 +418,29 @@ def test_every_callable_of_the_configs_is_tried_above() -> None:
     configs = [yaml.safe_load(file.read_text()) for file in BENCHMARKS.glob("*.yaml")]
     named = {of.get("strategy", "") for config in configs for of in config.get("strategies", {}).values()}
     assert {name for name in named if ":" in name} <= CALLABLES
+
+
+def test_what_a_benchmark_cannot_say_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", written(tmp_path, budgets=[12], feedback={"own": {}}), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "what a label is worth takes random_pairs among the strategies, and two budgets or more" in said
+    assert "intervals take 5 seeds or more" in said
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("no such thing")
+
+
+def test_a_strategy_that_fails_is_named(played: tuple[Path, dict], in_cache: None) -> None:
+    here = place(parse_section(BenchConfig, TINY), "helpfulness", "biased", 0, played[0])
+    pool = load_setting(here).pool.pool("sum")
+    mine = StrategyConfig(strategy="test_bench:broken")
+    message = (
+        r"strategy mine \(test_bench:broken\) failed with seed 3 and budget 6: RuntimeError: no such thing "
+        r"\(.*test_bench.py:"
+    )
+    with pytest.raises(SettingsError, match=message):
+        choose(pool, "mine", mine, FeedbackKind(), 6, 3)
 
 
 MISTAKES = {

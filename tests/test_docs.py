@@ -57,10 +57,7 @@ def workplace(
     return folder
 
 
-AUDIT = (
-    "audit --policy ./policy --reward-model ./reward --prompts prompts.jsonl --max-new-tokens 16 --out run --quiet "
-    "--dtype float32"  # what a page shows of it is to be the same on every processor
-)
+AUDIT = "audit --policy ./policy --reward-model ./reward --prompts prompts.jsonl --max-new-tokens 16 --out run --quiet"
 
 
 WITHOUT_PROGRESS = ("select", "report", "invite", "revoke", "import", "export", "status")

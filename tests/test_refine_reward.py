@@ -240,8 +240,9 @@ def test_every_architecture_is_trained_saved_and_loaded(
     assert (tmp_path / "out" / "adapter_config.json").exists() == (lora_rank is not None)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_outputs_of_the_loaded_model_are_those_of_the_trained_one_to_the_bit(
-    reward_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: Any, reward_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[float, ...]] = []
     compare = saving.Probe.check_same
@@ -252,8 +253,8 @@ def test_the_outputs_of_the_loaded_model_are_those_of_the_trained_one_to_the_bit
 
     monkeypatch.setattr(saving.Probe, "check_same", watch)
     pairs = preferences(64)
-    refine(started(reward_folder), tmp_path / "out", new=pairs, config=settings(lora_rank=4))
-    model = load_reward_model(started(tmp_path / "out"))
+    refine(started(reward_folder, dtype=dtype), tmp_path / "out", new=pairs, config=settings(lora_rank=4))
+    model = load_reward_model(started(tmp_path / "out", dtype=dtype))
     texts = [pair.chosen for pair in pairs[:32]] + [pair.rejected for pair in pairs[:32]]
     values = [r.value for r in model.score([pair.messages for pair in pairs[:32]] * 2, texts)]
     assert len(set(values)) > 32

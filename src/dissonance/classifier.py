@@ -233,6 +233,7 @@ def load_classifier(config: RewardConfig, *, trainable: bool = False, merge: boo
         _output_index(config, 1 if adapter is not None else known.num_labels)
         heads = {"num_labels": 1} if adapter is not None and known.num_labels != 1 else {}
         model, missing = _from_pretrained(config, source, heads)
+        _keep_head_exact(model)  # before an adapter brings its own head, which would be rounded
         if adapter is not None:
             from peft import PeftModel
 
@@ -244,7 +245,6 @@ def load_classifier(config: RewardConfig, *, trainable: bool = False, merge: boo
                 f"{ROLE}: {config.model} has no weights for {', '.join(sorted(missing)[:3])}: they would be "
                 "random (a LoRA adapter must be saved with modules_to_save=['score'])"
             )
-    _keep_head_exact(model)
     return model.eval()
 
 
@@ -287,9 +287,8 @@ def _from_pretrained(
 
 def _keep_head_exact(model: PreTrainedModel) -> None:
     """Compute the head in float32: bfloat16 near 3 has steps of 1/64, which would tie rewards that differ."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name in ("score", "classifier"):
-        head = getattr(base, name, None)
+        head = getattr(model, name, None)
         if isinstance(head, torch.nn.Module):
             head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
 

@@ -50,7 +50,7 @@ class ModelConfig(Section):
     model also takes `pair`: prompt and answer as an encoder's two segments."""
     device: str = "auto"
     dtype: Dtype = "auto"
-    """`auto`: bfloat16 where the hardware computes in it, else float32."""
+    """`auto`: bfloat16 on a GPU that computes in it, else float32."""
     tokens_per_batch: int | None = Field(None, ge=1)
     """Bound on rows x (prompt + new tokens) in one batch; by default 8,192 on a CPU and 131,072 on a GPU."""
     trust_remote_code: bool = False

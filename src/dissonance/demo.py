@@ -126,7 +126,7 @@ def arm_config(sandbox: Sandbox, arm: Arm) -> RunConfig:
     strategy, cost = STRATEGIES[arm.name], f"dissonance.sandbox.exact:safety_cost_{arm.world}"
     exact = {"model": f"dissonance.sandbox.exact:{arm.task}_{arm.world}"}
     gold = exact if arm.task == "helpfulness" else {"model": cost, "kind": "cost"}
-    dtype = {"dtype": "float32"}  # what they are trained in: `auto` would give other numbers on another processor
+    dtype = {"dtype": "float32"}  # what they are trained in: `auto` would give other numbers on a GPU
     # Batches of this size stay in a core's cache: about a quarter less time than by default.
     proxy = {"model": str(sandbox.reward_model), "kind": sandbox.reward_kind, "tokens_per_batch": 2048, **dtype}
     return RunConfig.model_validate(

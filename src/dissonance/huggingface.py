@@ -78,22 +78,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
-    """`auto`: bfloat16 where the hardware multiplies in it, else float32 (emulated bfloat16 is slower)."""
+    """`auto`: bfloat16 on a GPU that computes in it, else float32: CPUs that have it are slower in it."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
-    native = {"cuda": _cuda_has_bfloat16, "cpu": _cpu_has_bfloat16}.get(device.type)
-    return torch.bfloat16 if native is not None and native() else torch.float32
-
-
-def _cuda_has_bfloat16() -> bool:
-    return torch.cuda.get_device_capability() >= (8, 0)
-
-
-def _cpu_has_bfloat16() -> bool:
-    # torch's own mkldnn check also says yes where AVX-512 merely emulates it.
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0) else torch.float32
 
 
 def resolve_tokens_per_batch(config: ModelConfig, device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from dissonance.bench.config import BenchConfig, FeedbackKind, PolicyCells, Stra
 from dissonance.bench.setting import DTYPE, MAX_NEW_TOKENS, Answers, Place, Setting, load_setting, proxy
 from dissonance.callables import function_source, import_callable
 from dissonance.config import PolicyConfig, RewardConfig, RewardTraining
-from dissonance.errors import DataError
+from dissonance.errors import DataError, DissonanceError, SettingsError
 from dissonance.evaluate.detection import correctness, ordered_pairs
 from dissonance.feedback.aggregate import aggregate
 from dissonance.feedback.annotators.rewards import Rewards
@@ -136,7 +137,16 @@ def choose(
     rng = np.random.default_rng([seed, budget])
     named = strategy.strategy or name
     ask = import_callable(named, "strategy") if ":" in named else named
-    chosen = select(pool, ask, budget=affordable, rng=rng, tau=tau, delta=delta)
+    try:
+        chosen = select(pool, ask, budget=affordable, rng=rng, tau=tau, delta=delta)
+    except DissonanceError:
+        raise
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise SettingsError(
+            f"strategy {name} ({named}) failed with seed {seed} and budget {budget}: "
+            f"{type(error).__name__}: {error} ({at.filename}:{at.lineno})"
+        ) from None
     queries = list(chosen.queries)
     return _as_ratings(pool, queries, affordable) if feedback.ask == "ratings" else queries
 

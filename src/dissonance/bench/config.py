@@ -110,7 +110,10 @@ class BenchConfig(Section):
     """Judgements."""
     feedback: dict[str, FeedbackKind] = Field({"comparisons": FeedbackKind()}, min_length=1)
     """By name; label efficiency is of the first."""
-    reward: RewardTraining = RewardTraining()
+    reward: RewardTraining = RewardTraining(
+        learning_rate=1e-3, epochs=5, max_original=100, new_weight=0.7, may_overturn=True
+    )
+    """Refining a world's tiny proxy; the defaults of a run are for real models, and would change nothing here."""
     ensemble: int = Field(4, ge=2)
     """Members of the ensemble that the strategy `ensemble` and the detection of errors use."""
     policy: PolicyCells | None = None

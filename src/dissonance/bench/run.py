@@ -51,11 +51,11 @@ def bench(
         progress: opens the progress of the settings and cells.
 
     Returns:
-        `seeds` and `feedback`, which set and which kind the rest is of; `cells`, a row for each; `baselines`, of each
-        setting before anybody was asked, and `start`, their means; `table`, means over seeds, and each row's `lead`,
-        the difference to the baseline with the first feedback at the same budget, seed by seed; `label_efficiency` and
-        `label_efficiency_accuracy`, by task and strategy; `error_detection`, by task and metric, with `detection`, all
-        that was measured of it; `versions`.
+        `config`, `versions`; `seeds` and `feedback`, which set and which kind the rest is of; `cells`, a row for each;
+        `baselines`, of each setting before anybody was asked, and `start`, their means; `table`, means over seeds, and
+        each row's `lead`, the difference to the baseline with the first feedback at the same budget, seed by seed;
+        `label_efficiency` and `label_efficiency_accuracy`, by task and strategy; `error_detection`, by task and metric,
+        with `detection`, all that was measured of it.
 
     Raises:
         SettingsError: the config has no seeds of that set.
@@ -74,6 +74,7 @@ def bench(
         summary = {
             "seeds": seeds,
             "feedback": next(iter(config.feedback)),
+            "config": config.model_dump(mode="json"),
             **summarise(config, places, files),
             "versions": versions(),
         }

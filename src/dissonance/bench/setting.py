@@ -24,7 +24,7 @@ from dissonance.selection.pool import FloatArray, Pool, pool_from_tables
 MAX_NEW_TOKENS = 32
 """No answer of a world needs more."""
 DTYPE: Dtype = "float32"
-"""What a world's models are trained in: `auto` would give other numbers where the processor multiplies bfloat16."""
+"""What a world's models are trained in: `auto` would give other numbers on a GPU."""
 _CACHED_TOKENS = 2048
 """Batches of this size stay in a core's cache: a quarter less time than by default."""
 

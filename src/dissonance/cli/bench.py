@@ -38,10 +38,24 @@ def bench(
     seeds: Any = "development" if development else "confirmation"
     if dry_run:
         planned = benchmark.plan(settings, out, seeds)
-        say(planned, as_json, _plan_lines(planned))
+        say(planned, as_json, [*_plan_lines(planned), *_notes(settings, len(planned["seeds"]))])
         return
     found = benchmark.bench(settings, out, seeds=seeds, workers=workers, progress=progress_of(silent))
-    say(found, as_json, [*_lines(found), f"report: {out / 'report.html'}"])
+    notes = _notes(settings, len({row["seed"] for row in found["baselines"]}))
+    say(found, as_json, [*_lines(found), *notes, f"report: {out / 'report.html'}"])
+
+
+def _notes(settings: Any, seeds: int) -> list[str]:
+    """What a benchmark cannot say."""
+    from dissonance.bench.config import BASELINE
+    from dissonance.evaluate.statistics import LEAST_CLUSTERS
+
+    notes = []
+    if settings.strategies and (BASELINE not in settings.strategies or len(settings.budgets) < 2):
+        notes.append(f"note: what a label is worth takes {BASELINE} among the strategies, and two budgets or more")
+    if seeds < LEAST_CLUSTERS:
+        notes.append(f"note: intervals take {LEAST_CLUSTERS} seeds or more")
+    return notes
 
 
 def _plan_lines(planned: Mapping[str, Any]) -> list[str]:
@@ -64,7 +78,7 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
                 name = f"{row['strategy']}, {row['feedback']}"
                 lead = "" if row["lead"] is None else said(row["lead"]["gold_reward"])
                 figures = f"{said(row['gold_reward']):26}{said(row['reward_accuracy']):26}"
-                lines.append(f"  {name:28}{row['budget']:6,} {figures}{lead}".rstrip())
+                lines.append(f"  {name:28}{row['judgements']['mean']:6,.0f} {figures}{lead}".rstrip())
         for name, interval in found["label_efficiency"].get(task, {}).items():
             bound = "" if interval is None or interval["bound"] is None else f"{interval['bound']} "
             lines.append(f"  a label by {name} is worth {bound}{said(interval)} of random_pairs")

@@ -48,7 +48,7 @@ def audit(
     sample: Annotated[int | None, typer.Option(help="Draw so many prompts at random.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling of prompts and completions.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that computes in it.")] = "auto",
     tokens_per_batch: Annotated[int | None, typer.Option(help="Bound on the tokens of one batch.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with a model.")] = False,
     as_json: Json = False,

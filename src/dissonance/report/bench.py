@@ -58,7 +58,7 @@ def _curves(summary: Mapping[str, Any]) -> Iterator[Figure]:
 
 
 def _point(row: Values, measure: str) -> dict[str, Any]:
-    return {"strategy": row["strategy"], "budget": row["budget"], **row[measure]}
+    return {"strategy": row["strategy"], "budget": round(row["judgements"]["mean"]), **row[measure]}
 
 
 def _curve_chart(rows: Sequence[dict[str, Any]], title: str, start: float) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _leads(summary: Mapping[str, Any]) -> Iterator[Figure]:
         rows = [
             {
                 "what": _asked(row, summary["feedback"]),
-                "panel": f"{row['budget']:,} judgements",
+                "panel": f"budget {row['budget']:,}",
                 **row["lead"]["gold_reward"],
             }
             for row in led
@@ -129,7 +129,7 @@ def _leads(summary: Mapping[str, Any]) -> Iterator[Figure]:
         said = "; ".join(f"{row['what']}, {row['panel']} {in_words(row, 3)}" for row in rows)
         yield Figure(
             name=f"leads-{task}",
-            title=f"{task.capitalize()}: lead over {_BASELINE} at equal judgements",
+            title=f"{task.capitalize()}: lead over {_BASELINE} with the same budget",
             caption=f"Difference in gold reward to {_BASELINE}, {summary['feedback']}, seed by seed.{_INTERVALS}",
             description=f"Lead in gold reward, {task}: {said}.",
             spec=_interval_chart(rows, "difference in gold reward", 0.0),
