@@ -8,7 +8,7 @@ import numpy as np
 from dissonance.records import Query
 from dissonance.selection import Pool, Thresholds
 from dissonance.selection.pool import FloatArray, IntArray
-from dissonance.selection.strategies import conflicting_prompts, spread
+from dissonance.selection.strategies import drawn_by_conflict, spread
 
 
 def balanced(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> Sequence[Query]:
@@ -33,10 +33,8 @@ def _agreement(pool: Pool, prompt: int, query: Query) -> int:
 
 def spread_of(size: int, pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Generator) -> Sequence[Query]:
     """Rank so many answers of prompts drawn by K^2: the two furthest apart, then the farthest from its nearest."""
-    prompts = np.flatnonzero(conflicting_prompts(pool, thresholds) & (pool.kendall_tau_distance > 0))
-    keys = 2 * np.log(pool.kendall_tau_distance[prompts]) + rng.gumbel(size=len(prompts))
     queries: list[Query] = []
-    for p in prompts[np.argsort(-keys)].tolist():
+    for p in drawn_by_conflict(pool, thresholds, rng).tolist():
         answers = pool.answers[pool.answer_offsets[p] : pool.answer_offsets[p + 1]]
         taken = _farthest(pool.z_reward[answers], pool.z_loglikelihood[answers], min(size, budget + 1))
         if len(taken) < 2:

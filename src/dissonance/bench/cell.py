@@ -139,9 +139,9 @@ def choose(
     ask = import_callable(named, "strategy") if ":" in named else named
     try:
         chosen = select(pool, ask, budget=affordable, rng=rng, tau=tau, delta=delta)
-    except DissonanceError:
-        raise
     except Exception as error:
+        if isinstance(error, DissonanceError) or ":" not in named:
+            raise  # what a built-in strategy does wrong is no mistake of the config
         at = traceback.extract_tb(error.__traceback__)[-1]
         raise SettingsError(
             f"strategy {name} ({named}) failed with seed {seed} and budget {budget}: "

@@ -76,7 +76,7 @@ def discordant(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.G
         )
         return np.where(opposed < 0, np.abs(pool.pacs[first] - pool.pacs[second]), 0.0)
 
-    asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps, rng)
+    asked = _widest_rounds(pool, drawn_by_conflict(pool, thresholds, rng), budget, gaps, rng)
     return [_comparison(pool, i, j, gap, _opposition(pool, i, j, gap)) for i, j, gap in asked]
 
 
@@ -92,7 +92,7 @@ def spread(pool: Pool, budget: int, thresholds: Thresholds, rng: np.random.Gener
         reward, likelihood = pool.z_reward, pool.z_loglikelihood
         return np.abs(reward[first] - reward[second]) + np.abs(likelihood[first] - likelihood[second])
 
-    asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps, rng)
+    asked = _widest_rounds(pool, drawn_by_conflict(pool, thresholds, rng), budget, gaps, rng)
     return [_comparison(pool, i, j, gap, _distance(pool, i, gap)) for i, j, gap in asked]
 
 
@@ -110,7 +110,7 @@ def likelihood_gap(pool: Pool, budget: int, thresholds: Thresholds, rng: np.rand
         apart: FloatArray = np.abs(values[first] - values[second])
         return apart
 
-    asked = _widest_rounds(pool, _drawn_by_conflict(pool, thresholds, rng), budget, gaps, rng)
+    asked = _widest_rounds(pool, drawn_by_conflict(pool, thresholds, rng), budget, gaps, rng)
     return [_comparison(pool, i, j, gap, _surety(pool, i, j, values)) for i, j, gap in asked]
 
 
@@ -291,7 +291,7 @@ def _to_rank(pool: Pool, prompts: IntArray, keep: FloatArray, budget: int) -> It
         yield int(prompt), answers
 
 
-def _drawn_by_conflict(pool: Pool, thresholds: Thresholds, rng: np.random.Generator) -> IntArray:
+def drawn_by_conflict(pool: Pool, thresholds: Thresholds, rng: np.random.Generator) -> IntArray:
     """Prompts with K >= tau, drawn in proportion to K^2 without replacement, in the order of drawing."""
     prompts = np.flatnonzero(conflicting_prompts(pool, thresholds) & (pool.kendall_tau_distance > 0))
     keys = 2 * np.log(pool.kendall_tau_distance[prompts]) + rng.gumbel(size=len(prompts))
