@@ -4,6 +4,8 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -399,18 +401,23 @@ def test_a_reply_that_is_lost_does_not_store_the_answer_twice(three: Visit) -> N
 
 def test_a_busy_store_is_asked_again_when_it_said(three: Visit) -> None:
     three.excused = UNREACHABLE
-    replies = iter([503, 503])
+    refused: list[float] = []
+    free = Event()
 
     def refuse(route: Route) -> None:
-        status = next(replies, None)
-        if status is None:
+        if free.is_set():
             route.continue_()
         else:
-            route.fulfill(status=status, headers={"Retry-After": "1"}, body="the store is locked")
+            refused.append(monotonic())
+            route.fulfill(status=503, headers={"Retry-After": "2"}, body="the store is locked")
 
     three.page.route("**/answers", refuse)
     three.page.keyboard.press("1")
     expect(three.page.locator("#notice")).to_contain_text("cannot be reached")
+    while len(refused) < 2:
+        three.page.wait_for_timeout(100)
+    free.set()
+    assert refused[1] - refused[0] >= 2
     three.page.get_by_role("button", name="Send now").click()
     three.question("pairwise/1")
     assert len(three.site.store.labels(current=False)) == 1
