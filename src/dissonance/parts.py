@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dissonance.artifacts import read_table, write_table
-from dissonance.errors import DataError, RunError
+from dissonance.errors import DissonanceError, RunError, SettingsError
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Parts:
         """Store a batch and the time it took; it is there whole or not at all.
 
         Raises:
-            RunError: the storage does not take it.
+            DissonanceError: the disk is full, or the storage does not take it.
         """
         metadata = {**(table.schema.metadata or {}), b"seconds": str(seconds).encode()}
         table = table.replace_schema_metadata(metadata)
@@ -58,7 +58,7 @@ class Parts:
                 pq.write_table(table, whole, compression="zstd")
                 storage.pipe_file(storage._strip_protocol(name), whole.getvalue())  # noqa: SLF001 - its one way
         except OSError as error:
-            raise RunError(f"{name} cannot be written: {error.strerror or error}: what was done is kept") from error
+            raise DissonanceError(f"{name} cannot be written: {error}: what is done is kept, run it again") from error
 
     def read(self, stage: str, window: int, batch: int) -> pa.Table:
         """One batch.
@@ -88,5 +88,5 @@ class Parts:
         try:
             found: tuple[Any, str] = fsspec.core.url_to_fs(str(self.place))
         except (ImportError, ValueError) as error:
-            raise DataError(f"{self.place} is no storage that can be used here: {error}") from error
+            raise SettingsError(f"{self.place} is no storage that can be used here: {error}") from error
         return found

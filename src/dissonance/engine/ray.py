@@ -272,6 +272,7 @@ def connect(address: str | None) -> None:
     Raises:
         SettingsError: Ray is not installed, or there is no cluster at the address.
     """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of what our driver keeps as long as it lives
     try:
         import ray
         from ray.data import DataContext
@@ -285,8 +286,8 @@ def connect(address: str | None) -> None:
             )  # fmt: skip
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise SettingsError(f"there is no Ray cluster at {address!r}: {_first_line(error)}") from error
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
+    DataContext.get_current().enable_progress_bars = False  # ours says what was done
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def _environment() -> dict[str, str]:
