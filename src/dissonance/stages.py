@@ -22,6 +22,7 @@ from dissonance.errors import DissonanceError, RunError
 from dissonance.likelihood import Likelihood, loglikelihood
 from dissonance.models import Planner, Policy, ReferenceModel, RewardModel
 from dissonance.parts import Parts
+from dissonance.prompt_table import PromptTable
 from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, Completion, Prompt, messages_column
 
 WINDOW = 1024
@@ -39,24 +40,27 @@ class Batch:
 
     window: int
     number: int
-    prompts: tuple[Prompt, ...]
+    prompts: PromptTable
 
 
-def windows_of(prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
+def windows_of(prompts: Sequence[Prompt]) -> list[PromptTable]:
     """The prompts, `WINDOW` at a time."""
-    return [prompts[first : first + WINDOW] for first in range(0, len(prompts), WINDOW)]
+    table = PromptTable.of(prompts)
+    return [table[first : first + WINDOW] for first in range(0, len(table), WINDOW)]
 
 
-def plan_window(planner: Planner, number: int, window: Sequence[Prompt]) -> list[Batch]:
+def plan_window(planner: Planner, number: int, window: PromptTable) -> list[Batch]:
     """Every batch of a window.
 
     Raises:
         DissonanceError: the plan lost or repeated a prompt.
     """
-    planned = planner.plan(window)
-    if sorted(p.prompt_id for batch in planned for p in batch) != sorted(p.prompt_id for p in window):
+    prompts = list(window)
+    planned = planner.plan(prompts)
+    if sorted(p.prompt_id for batch in planned for p in batch) != sorted(p.prompt_id for p in prompts):
         raise DissonanceError(f"the policy's plan does not hold each prompt of window {number} once")
-    return [Batch(number, i, tuple(batch)) for i, batch in enumerate(planned)]
+    place = {prompt.prompt_id: row for row, prompt in enumerate(prompts)}
+    return [Batch(number, i, window.take([place[p.prompt_id] for p in batch])) for i, batch in enumerate(planned)]
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def compute_batch(stage: Stage, model: Any, batch: Batch, n: int, parts: Parts) 
 
 def _sample(policy: Policy, batch: Batch, n: int, parts: Parts) -> pa.Table:
     del parts
-    completions = policy.sample(batch.prompts)
+    completions = policy.sample(list(batch.prompts))
     if len(completions) != n * len(batch.prompts):
         raise DissonanceError(f"the policy gave {len(completions)} completions for {len(batch.prompts)} prompts")
     return _completions_table(completions)
@@ -101,7 +105,7 @@ def _score(reward_model: RewardModel, batch: Batch, n: int, parts: Parts) -> pa.
 def _refer(reference: ReferenceModel, batch: Batch, n: int, parts: Parts) -> pa.Table:
     ids = _read(parts, SAMPLING, batch, n)["token_ids"].to_pylist()
     grouped = [ids[first : first + n] for first in range(0, len(ids), n)]
-    sums = reference.logprobs(batch.prompts, grouped)
+    sums = reference.logprobs(list(batch.prompts), grouped)
     flat = [value for group in sums for value in group]
     return pa.table(_keys(batch, n) | {"ref_logprob": flat}, schema=_REFERENCE)
 
@@ -159,7 +163,7 @@ class MeasuredWindow:
 def measure_window(
     parts: Parts,
     stages: Sequence[Stage],
-    window: Sequence[Prompt],
+    window: PromptTable,
     batches: Sequence[Batch],
     n: int,
     likelihood: Likelihood,
@@ -195,7 +199,7 @@ def write_round(folder: Path, windows: Iterable[MeasuredWindow]) -> dict[str, An
 
 
 def _window_table(
-    parts: Parts, stages: Sequence[Stage], window: Sequence[Prompt], batches: Sequence[Batch], n: int
+    parts: Parts, stages: Sequence[Stage], window: PromptTable, batches: Sequence[Batch], n: int
 ) -> tuple[pa.Table, dict[str, float]]:
     """The completions of a window in the order of its prompts, and the seconds that each stage took."""
     seconds = dict.fromkeys(STAGES, 0.0)
@@ -216,7 +220,7 @@ def _window_table(
     return ordered, seconds
 
 
-def _measure(table: pa.Table, window: Sequence[Prompt], likelihood: Likelihood) -> Conflicts:
+def _measure(table: pa.Table, window: PromptTable, likelihood: Likelihood) -> Conflicts:
     if len(table) % len(window):
         raise DissonanceError(f"{len(table)} completions for {len(window)} prompts: run the command again")
     offsets = np.arange(len(window) + 1) * (len(table) // len(window))
@@ -224,7 +228,7 @@ def _measure(table: pa.Table, window: Sequence[Prompt], likelihood: Likelihood) 
     return conflicts(rewards, loglikelihood(table, likelihood), offsets, [p.prompt_id for p in window])
 
 
-def _prompts_table(window: Sequence[Prompt], found: Conflicts) -> pa.Table:
+def _prompts_table(window: PromptTable, found: Conflicts) -> pa.Table:
     return pa.table(
         {
             "prompt_id": [p.prompt_id for p in window],

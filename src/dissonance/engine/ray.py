@@ -23,6 +23,7 @@ from dissonance.config import AuditConfig, ModelConfig
 from dissonance.engine.local import by_window_of, check_reward_model, load_model, stages_of
 from dissonance.errors import DissonanceError, SettingsError
 from dissonance.parts import Parts
+from dissonance.prompt_table import PromptTable
 from dissonance.progress import ProgressFactory
 from dissonance.records import Prompt
 from dissonance.stages import (
@@ -198,7 +199,7 @@ class _Planner:
 
         self._planner = load_planner(config.policy)
 
-    def __call__(self, item: tuple[int, Sequence[Prompt]]) -> tuple[int, list[Batch]]:
+    def __call__(self, item: tuple[int, PromptTable]) -> tuple[int, list[Batch]]:
         return item[0], plan_window(self._planner, *item)
 
 
@@ -223,7 +224,7 @@ class _Measurer:
     def __init__(self, config: AuditConfig, parts: Parts) -> None:
         self._config, self._parts = config, parts
 
-    def __call__(self, item: tuple[int, Sequence[Prompt], list[Batch]]) -> tuple[int, tuple[Any, ...]]:
+    def __call__(self, item: tuple[int, PromptTable, list[Batch]]) -> tuple[int, tuple[Any, ...]]:
         w, window, batches = item
         config = self._config
         found = measure_window(self._parts, stages_of(config), window, batches, config.policy.n, config.likelihood)
