@@ -61,7 +61,8 @@ class PromptTable(Sequence[Prompt]):
         return f"<{len(self):,} prompts>"
 
     def __reduce__(self) -> tuple[type["PromptTable"], tuple[pa.Table]]:
-        return PromptTable, (self.take(range(len(self)))._columns,)  # a slice would bring what it was cut from
+        # A slice would bring along what it was cut from.
+        return PromptTable, (self._columns.take(pa.array(range(len(self)), pa.int64())),)
 
     def take(self, rows: Sequence[int]) -> "PromptTable":
         """The prompts in these places, in this order."""

@@ -24,6 +24,7 @@ from dissonance.models import Planner, Policy, ReferenceModel, RewardModel
 from dissonance.parts import Parts
 from dissonance.prompt_table import PromptTable
 from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, Completion, Prompt, messages_column
+from dissonance.round_sample import sampled
 
 WINDOW = 1024
 _SAMPLED = pa.schema(
@@ -184,6 +185,7 @@ def measure_window(
 def write_round(folder: Path, windows: Iterable[MeasuredWindow]) -> dict[str, Any]:
     """All windows in order -> the round's two tables; gives their summary."""
     total, seconds = ConflictTally(), dict.fromkeys(STAGES, 0.0)
+    counts = dict.fromkeys(("truncated", "unfinished", "tokens"), 0)
     with (
         atomic_path(folder / "completions.parquet") as completions_path,
         atomic_path(folder / "prompts.parquet") as prompts_path,
@@ -195,7 +197,16 @@ def write_round(folder: Path, windows: Iterable[MeasuredWindow]) -> dict[str, An
             prompts_writer.write_table(window.prompts)
             total += window.tally
             seconds = {stage: seconds[stage] + window.seconds[stage] for stage in seconds}
-    return {**conflict_keys(total.summary()), **_audit_keys(folder, seconds)}
+            counts["truncated"] += pc.sum(window.completions["reward_truncated"]).as_py()
+            counts["unfinished"] += pc.sum(pc.equal(window.completions["finish_reason"], "length")).as_py()
+            counts["tokens"] += pc.sum(window.completions["n_tokens"]).as_py()
+    return {
+        **conflict_keys(total.summary()),
+        "length_correlation": round_length_correlation(folder),
+        **counts,
+        "tokens_per_second": counts["tokens"] / max(seconds[SAMPLING.name], 1e-9),
+        "seconds": sum(seconds.values()),
+    }
 
 
 def _window_table(
@@ -265,29 +276,18 @@ def conflict_keys(found: ConflictSummary) -> dict[str, Any]:
     }
 
 
-def _audit_keys(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """The keys that only `audit` has: lengths, truncation, rates."""
-    columns = pq.read_table(folder / "completions.parquet", columns=["n_tokens", "finish_reason", "reward_truncated"])
-    tokens = pc.sum(columns["n_tokens"]).as_py()
-    return {
-        "length_correlation": round_length_correlation(folder),
-        "truncated": pc.sum(columns["reward_truncated"]).as_py(),
-        "unfinished": pc.sum(pc.equal(columns["finish_reason"], "length")).as_py(),
-        "tokens": tokens,
-        "tokens_per_second": tokens / max(seconds["completions"], 1e-9),
-        "seconds": sum(seconds.values()),
-    }
-
-
 def round_length_correlation(folder: Path) -> float | None:
-    """`conflict.length_correlation` of a round's two tables; None also where a completion has no n_tokens."""
-    file = folder / "completions.parquet"
-    if "n_tokens" not in pq.read_schema(file).names:
+    """`conflict.length_correlation` of a round's two tables; None also where a completion has no n_tokens.
+
+    Of a large round, that of the sample which its report shows.
+    """
+    if "n_tokens" not in pq.read_schema(folder / "completions.parquet").names:
         return None
-    columns = pq.read_table(file, columns=["pacs", "n_tokens"])
+    with sampled(folder, (["n_completions", "degenerate"], ["pacs", "n_tokens"])) as drawn:
+        columns = pq.read_table(drawn / "completions.parquet", columns=["pacs", "n_tokens"])
+        prompts = pq.read_table(drawn / "prompts.parquet", columns=["n_completions", "degenerate"])
     if columns["n_tokens"].null_count:
         return None
-    prompts = pq.read_table(folder / "prompts.parquet", columns=["n_completions", "degenerate"])
     offsets = np.append(0, np.cumsum(prompts["n_completions"].to_numpy(), dtype=np.int64))
     return length_correlation(
         columns["pacs"].to_numpy(), columns["n_tokens"].to_numpy(), offsets, prompts["degenerate"].to_numpy()

@@ -23,8 +23,8 @@ from dissonance.config import AuditConfig, ModelConfig
 from dissonance.engine.local import by_window_of, check_reward_model, load_model, stages_of
 from dissonance.errors import DissonanceError, SettingsError
 from dissonance.parts import Parts
-from dissonance.prompt_table import PromptTable
 from dissonance.progress import ProgressFactory
+from dissonance.prompt_table import PromptTable
 from dissonance.records import Prompt
 from dissonance.stages import (
     STAGES,
