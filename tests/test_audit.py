@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -473,3 +474,27 @@ def test_an_edited_reward_function_is_another_reward_model(
     module.write_text(REWARD.replace("len(set(c.split()))", "-len(c)"))
     with pytest.raises(RunError, match="the content of reward_model.model"):
         audit(config(policy_folder, "edited_rewards:reward", prompts_file), tmp_path / "run")
+
+
+def test_a_disk_that_is_full_loses_nothing(
+    policy_folder: Path, reward_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    arguments = [*audit_arguments(policy_folder, reward_folder, prompts_file), "--tokens-per-batch", 120]
+    whole = command(*arguments, "--out", tmp_path / "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    out, sizes = tmp_path / "run", []
+    for limit in (2_500, 5_000):  # bytes that any file may have: less than a part, less than a table
+        full = subprocess.run(
+            [sys.executable, "-m", "dissonance", *map(str, arguments), "--out", str(out)],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )  # fmt: skip
+        assert full.returncode == 1, full.stderr
+        assert "cannot be written" in full.stderr
+        assert "Traceback" not in full.stderr
+        sizes.append(len(list(out.glob("round-000/parts/*.parquet"))))
+        assert not list(out.rglob("*.tmp"))
+    assert sizes[0] < sizes[1]
+    again = command(*arguments, "--out", out, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert tables(out) == tables(tmp_path / "whole")

@@ -16,6 +16,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from conftest import WORDS
+from storage import ftp
 
 STORE = 80 << 20
 SLOW_REWARD = """
@@ -175,3 +176,49 @@ def test_what_a_worker_finds_wrong_is_said_as_here(
     )
     assert code == 2
     assert "no room for a worker" in err
+
+
+def test_nodes_that_share_no_disk_leave_their_parts_in_a_storage(
+    cluster: Cluster, policy_folder: Path, reward_folder: Path, many_prompts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "served").mkdir()
+    with ftp(tmp_path / "served") as address:
+        options = on(cluster, storage=f"{address}/audits")
+        there = audit(policy_folder, reward_folder, many_prompts, tmp_path / "run", **options)
+        code, _, err = ended(command(*there, cwd=tmp_path))
+        assert code == 0, err
+    assert not list((tmp_path / "served").rglob("*.parquet"))
+    here = audit(policy_folder, reward_folder, many_prompts, tmp_path / "here")
+    assert ended(command(*here, cwd=tmp_path))[0] == 0
+    assert same(tables(tmp_path / "here"), tables(tmp_path / "run"))
+
+
+def test_a_part_that_cannot_be_read_is_named(
+    cluster: Cluster, policy_folder: Path, many_prompts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_REWARD)
+    settings = audit(policy_folder, "slow:reward", many_prompts, tmp_path / "run", **on(cluster))
+    running = command(*settings, cwd=tmp_path)
+    until(lambda: parts(tmp_path / "run", "rewards") >= 2)
+    running.kill()
+    running.communicate()
+    damaged = sorted(tmp_path.glob("run/round-000/parts/rewards-*"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    code, _, err = ended(command(*settings, cwd=tmp_path))
+    assert code == 2
+    assert damaged.name in err
+    damaged.unlink()
+    code, _, err = ended(command(*settings, cwd=tmp_path))
+    assert code == 0, err
+    assert tables(tmp_path / "run")["completions"].num_rows == 480
+
+
+def test_a_benchmark_spreads_its_cells(cluster: Cluster, tmp_path: Path) -> None:
+    tiny = Path(__file__).parent.parent / "benchmarks" / "label_efficiency_tiny.yaml"
+    found = {}
+    for name, options in {"here": [], "there": ["--engine", "ray", "--ray-address", cluster.address]}.items():
+        code, out, err = ended(command("bench", tiny, "--out", tmp_path / name, "--json", *options, cwd=tmp_path))
+        assert code == 0, err
+        found[name] = json.loads(out)
+    assert found["there"]["cells"] == found["here"]["cells"]
+    assert found["there"]["baselines"] == found["here"]["baselines"]

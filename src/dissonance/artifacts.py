@@ -10,6 +10,7 @@
 A file appears under its name complete or not at all: it is written beside it, flushed to disk, and renamed.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -27,17 +28,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from dissonance.errors import RunError
+from dissonance.errors import DissonanceError, RunError
 
 _FORMAT = 1
 _VERSIONED = ("dissonance", "torch", "transformers", "tokenizers", "trl", "peft", "numpy", "pyarrow")
 _HASHED_WHOLE = 1 << 30
 _BLOCK = 1 << 16
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it, on error remove it."""
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it, on error remove it.
+
+    Raises:
+        DissonanceError: there is no room for it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the umask has its say
     try:
@@ -45,6 +51,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _fsync(temporary)
         temporary.replace(path)
         _fsync(path.parent)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        why = os.strerror(error.errno)
+        raise DissonanceError(f"{path} cannot be written: {why}: make room, and run the same command again") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -47,16 +47,17 @@ class Parts:
         metadata = {**(table.schema.metadata or {}), b"seconds": str(seconds).encode()}
         table = table.replace_schema_metadata(metadata)
         name = self.name(stage, window, batch)
+        if isinstance(self.place, Path):
+            self.place.mkdir(parents=True, exist_ok=True)
+            write_table(Path(name), table)
+            return
+        storage, folder = self._storage()
+        whole = io.BytesIO()
+        pq.write_table(table, whole, compression="zstd")
         try:
-            if isinstance(self.place, Path):
-                self.place.mkdir(parents=True, exist_ok=True)
-                write_table(Path(name), table)
-            else:
-                storage, folder = self._storage()
-                storage.makedirs(folder, exist_ok=True)
-                whole = io.BytesIO()
-                pq.write_table(table, whole, compression="zstd")
-                storage.pipe_file(storage._strip_protocol(name), whole.getvalue())  # noqa: SLF001 - its one way
+            storage.makedirs(folder, exist_ok=True)
+            with fsspec.open(name, "wb") as file:
+                file.write(whole.getvalue())
         except OSError as error:
             raise DissonanceError(f"{name} cannot be written: {error}: what is done is kept, run it again") from error
 

@@ -1,0 +1,42 @@
+"""A storage that is no folder of this machine's: an FTP server in a process of its own."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SERVER = """
+import sys
+from pyftpdlib.authorizers import DummyAuthorizer
+from pyftpdlib.handlers import FTPHandler
+from pyftpdlib.servers import ThreadedFTPServer
+
+authorizer = DummyAuthorizer()
+authorizer.add_anonymous(sys.argv[2], perm="elradfmwMT")
+FTPHandler.authorizer = authorizer
+ThreadedFTPServer(("127.0.0.1", int(sys.argv[1])), FTPHandler).serve_forever()
+"""
+
+
+@contextmanager
+def ftp(folder: Path) -> Iterator[str]:
+    """Serve a folder, readable and writable; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", SERVER, str(port), str(folder)], stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(200):
+            with socket.socket() as trial:
+                if trial.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield f"ftp://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
