@@ -21,6 +21,7 @@ from dissonance.records import Message, Preference, Prompt
 from dissonance.sampling import HFPolicy
 
 TWO = "torchrun --nproc-per-node 2"
+RAY = "python -m dissonance.engine.train --workers 2"
 ONE = "accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
@@ -55,14 +56,15 @@ def request_of(policy_folder: Path, reward_folder: Path, tmp_path: Path) -> Call
     return make
 
 
-def test_two_processes_share_each_step(request_of: Callable[..., Request], tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [TWO, RAY])
+def test_two_processes_share_each_step(launcher: str, request_of: Callable[..., Request], tmp_path: Path) -> None:
     shown: list[tuple[int | None, int]] = []
 
     @contextmanager
     def counted(_: str, total: int | None, __: str) -> Iterator[Callable[[int], None]]:
         yield lambda more: shown.append((total, more))
 
-    found = launch(TWO, request_of(), counted)
+    found = launch(launcher, request_of(), counted)
     assert {total for total, _ in shown} == {2}
     assert sum(more for _, more in shown) == 2
     assert found["steps"] == found["kept_step"] == found["processes"] == 2

@@ -67,8 +67,9 @@ def audit(
         return done
     prepared = engine.prepare(config, loaded.prompts)
     with create_run(out, "audit", settings, inputs) as run:
-        found = prepared.measure(run.round(), progress)
-        summary = conclude(run, "audit", {**found, "duplicates": loaded.n_duplicates})
+        found = {**prepared.measure(run.round(), progress), "duplicates": loaded.n_duplicates}
+        del prepared, loaded  # a million prompts, which the report does without
+        summary = conclude(run, "audit", found)
         engine.forget(run.round())
         return summary
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from dissonance.errors import RunError
 
-MOST_COMPLETIONS = 1 << 17
+MOST_COMPLETIONS = 1 << 16
 """Of a larger round, prompts with about so many completions are drawn."""
 
 _TABLES = ("prompts.parquet", "completions.parquet")

@@ -1,0 +1,67 @@
+"""A launcher on Ray Train: `refine.policy.launcher: "python -m dissonance.engine.train --workers 8 --gpus 1"`.
+
+It is to a Ray cluster what `accelerate launch` is to one machine: it runs `-m MODULE ARGUMENTS` in so many workers,
+each of which knows its rank. Every node must see the run folder.
+"""
+
+import argparse
+import os
+import runpy
+import sys
+import threading
+from typing import Any
+
+from dissonance.engine.ray import connect
+from dissonance.errors import SettingsError
+
+
+def main() -> None:
+    """Run a module in Ray Train's workers; the exit code is 1 when it failed in one."""
+    parser = argparse.ArgumentParser(prog="python -m dissonance.engine.train", description=__doc__)
+    parser.add_argument("--workers", type=int, required=True, help="processes in all")
+    parser.add_argument("--cpus", type=float, default=1.0, help="cores of each")
+    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of each")
+    parser.add_argument("--ray-address", default=os.environ.get("RAY_ADDRESS"), help="of a running cluster")
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, required=True, help="the module, its arguments")
+    arguments = parser.parse_args()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        connect(arguments.ray_address)
+        _train(arguments)
+    except SettingsError as error:
+        sys.exit(f"dissonance: {error}")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources = {"CPU": arguments.cpus, **({"GPU": arguments.gpus} if arguments.gpus else {})}
+    scaling = ScalingConfig(arguments.workers, use_gpu=arguments.gpus > 0, resources_per_worker=resources)
+    module, *its = arguments.module
+    TorchTrainer(
+        _work, train_loop_config={"module": module, "arguments": its}, scaling_config=scaling, run_config=RunConfig()
+    ).fit()
+
+
+def _work(config: dict[str, Any]) -> None:
+    """In each worker: what `python -m MODULE ARGUMENTS` does."""
+    # The module ends when its standard input does: here Ray ends it, and nothing is ever read.
+    reading, _ = os.pipe()
+    os.dup2(reading, 0)
+    sys.argv = [config["module"], *config["arguments"]]
+    try:
+        runpy.run_module(config["module"], run_name="__main__")
+    except SystemExit as ended:
+        if ended.code:
+            raise RuntimeError(f"{config['module']} ended with {ended.code}") from ended
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
