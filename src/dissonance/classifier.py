@@ -36,13 +36,15 @@ from dissonance.huggingface import (
     uses_chat_template,
 )
 from dissonance.records import Message
-from dissonance.shared_prefix import Family, TokenIds, can_share, families, keeps_cache, read_families
+from dissonance.shared_prefix import Family, can_share, families, keeps_cache, read_families
 
 ROLE = "reward model"
 # RoBERTa's kin count positions from two.
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"}
 # Tokenizers without a limit of their own say 10^30.
 _NO_LIMIT = 10**9
+
+TokenIds = tuple[int, ...]
 
 
 class Classifier:
@@ -123,7 +125,7 @@ class Classifier:
         once, where the model allows it. Leaves the model's mode as it is.
         """
         distinct = set(rows)
-        known = self._score_families(families(distinct, self._pad_id)) if self._shares else {}
+        known = self._score_families(families([*distinct], self._pad_id)) if self._shares else {}
         alone = sorted(distinct - known.keys(), key=lambda ids: (len(ids), ids))
         values: list[float] = []
         while len(values) < len(alone):
