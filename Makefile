@@ -38,6 +38,8 @@ docs: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/conflict.py
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/rewards.py
+	$(BIN)/python benchmarks/refine.py
 	$(BIN)/python benchmarks/labelling.py
 
 # The recipe of recipes/smollm2.md: a real model, a reward model trained by TRL, an audit.
@@ -62,7 +64,7 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,gguf,postgres]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,gguf,postgres,ray]'
 	touch $@
 
 # The browser of the report's tests: one that is there, else Debian's when root, else Playwright's own.

@@ -338,32 +338,3 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The finished batches of stages in flight, one small Parquet file each, in `round-XXX/parts`.
-
-    A batch is known by its stage, its window of prompts and its number in the window; since batches are planned from
-    the settings alone, a batch whose file stands need not be computed again, and gives what it would have given.
-    """
-
-    folder: Path
-
-    def path(self, stage: str, window: int, batch: int) -> Path:
-        """Where a batch rests."""
-        return self.folder / f"{stage}-{window:06d}-{batch:05d}.parquet"
-
-    def write(self, stage: str, window: int, batch: int, table: pa.Table, seconds: float) -> None:
-        """Store a batch and the time it took."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        metadata = {**(table.schema.metadata or {}), b"seconds": str(seconds).encode()}
-        write_table(self.path(stage, window, batch), table.replace_schema_metadata(metadata))
-
-    def read(self, stage: str, window: int, batch: int) -> pa.Table:
-        """One batch; a damaged file is a RunError."""
-        return read_table(self.path(stage, window, batch))
-
-    def remove(self) -> None:
-        """Forget every batch."""
-        shutil.rmtree(self.folder, ignore_errors=True)

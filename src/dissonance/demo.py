@@ -21,7 +21,7 @@ from scipy.stats import t as student
 
 from dissonance.artifacts import read_json, write_json
 from dissonance.config import RunConfig
-from dissonance.engine.local import worker_pool
+from dissonance.engine.processes import worker_pool
 from dissonance.errors import SettingsError
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.report import write_comparison

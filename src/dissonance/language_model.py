@@ -6,7 +6,7 @@ same ids that end it.
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dissonance.config import PolicyConfig
 from dissonance.errors import ModelError
@@ -60,13 +60,22 @@ def load_language_model(config: PolicyConfig, role: str) -> PreTrainedModel:
     return model.eval()
 
 
-def check_generates(config: PolicyConfig, role: str) -> None:
-    """Raise ModelError if what is named is a classifier; reads no weights."""
+def load_configuration(config: PolicyConfig, role: str) -> PreTrainedConfig:
+    """A model's configuration, without its weights.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     name, _ = base_and_adapter(config, role)
     source = resolve_source(name, role)
     with loading(role, config.model):
-        known = AutoConfig.from_pretrained(source.name, trust_remote_code=config.trust_remote_code, **source.kwargs)
-    architecture = (known.architectures or [""])[0]
+        return AutoConfig.from_pretrained(source.name, trust_remote_code=config.trust_remote_code, **source.kwargs)
+
+
+def check_generates(config: PolicyConfig, role: str) -> None:
+    """Raise ModelError if what is named is a classifier; reads no weights."""
+    name, _ = base_and_adapter(config, role)
+    architecture = (load_configuration(config, role).architectures or [""])[0]
     if architecture.endswith("ForSequenceClassification"):
         raise ModelError(f"{role}: {name} is a classifier ({architecture}), not a causal LM")
 

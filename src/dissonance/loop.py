@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from dissonance.artifacts import (
-    Parts,
     Run,
     create_run,
     fingerprint,
@@ -23,15 +22,15 @@ from dissonance.checks import check, check_refining, plan_with, write_config
 from dissonance.config import AuditConfig, RefiningConfig, RunConfig, parse_section
 from dissonance.errors import InputError, LabelsDue, RunError
 from dissonance.measuring import (
+    LOCAL,
     ROUND_TABLES,
     Measured,
     audit_inputs,
     audit_settings,
     choose,
-    measure_round,
     measured_before,
-    prepare,
 )
+from dissonance.models import Engine
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.prompts import LoadedPrompts, load_prompts
 from dissonance.report import write_report
@@ -73,6 +72,7 @@ def run(
     report: bool = True,
     say: Callable[[str], None] = lambda _: None,
     progress: ProgressFactory = quiet,
+    engine: Engine = LOCAL,
 ) -> dict[str, Any]:
     """Audit, ask, retrain and evaluate, round after round.
 
@@ -88,6 +88,7 @@ def run(
         report: whether to write `report.html`, which takes seconds.
         say: told what is due, when the waiting begins.
         progress: opens the progress of each stage.
+        engine: where each round's answers are sampled, scored and measured.
 
     Returns:
         What `summary.json` holds: `rounds`, and why there are no more.
@@ -98,7 +99,8 @@ def run(
     """
     while True:
         try:
-            return _go_on(config, Path(out), None if audit is None else Path(audit), progress, report=report)
+            given = None if audit is None else Path(audit)
+            return _go_on(config, Path(out), given, progress, engine, report=report)
         except LabelsDue as due:
             if not wait:
                 raise
@@ -107,11 +109,11 @@ def run(
 
 
 def _go_on(
-    config: RunConfig, out: Path, audit: Path | None, progress: ProgressFactory, *, report: bool
+    config: RunConfig, out: Path, audit: Path | None, progress: ProgressFactory, engine: Engine, *, report: bool
 ) -> dict[str, Any]:
     check(config)
     everything = _prompts(config, None)
-    settings, inputs = audit_settings(config.audit), audit_inputs(config.audit, everything)
+    settings, inputs = audit_settings(config.audit, engine), audit_inputs(config.audit, everything)
     measured = None if audit is None else measured_before(audit, config.audit, settings, inputs)
     before = matching_run(out, "run", settings, inputs)
     whole = fingerprint(config.model_dump(mode="json"))
@@ -128,7 +130,7 @@ def _go_on(
         ended, before_it = None, fingerprint([settings, inputs])
         for number in range(config.rounds.most):
             stages = Stages(opened, number, before_it)
-            rounds.append(play_round(config, given, stages, progress, None if number else measured))
+            rounds.append(play_round(config, given, stages, progress, engine, None if number else measured))
             before_it = stages.left
             if ended := why_end(config, rounds[-1]):
                 break
@@ -160,6 +162,7 @@ def play_round(
     given: GivenPairs,
     stages: Stages,
     progress: ProgressFactory,
+    engine: Engine = LOCAL,
     measured: Measured | None = None,
 ) -> dict[str, Any]:
     """One round of SHF-CAS, as in the paper's Algorithm 1; gives what `metrics.json` of the round holds.
@@ -176,14 +179,14 @@ def play_round(
 
     def measure() -> dict[str, Any]:
         if measured is None:
-            return _timeless(measure_round(stages.folder, now, prepare(now, prompts), progress))
+            return _timeless(engine.prepare(now, prompts).measure(stages.folder, progress))
         found = _timeless(measured.copy(stages.folder))
         other = measured.run
         run.finish("taken-over", run=str(other.path), run_id=other.run_id, versions=other.ledger["versions"])
         return found
 
     found["conflict"] = stages.done("measure", {}, measure, ROUND_TABLES)
-    Parts(stages.folder / "parts").remove()
+    engine.forget(stages.folder)
     if _settled(config, found):
         write_json(stages.folder / "metrics.json", found)
         return found

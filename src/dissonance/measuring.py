@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from dissonance.artifacts import (
-    Parts,
     Run,
     changes,
     create_run,
@@ -24,30 +23,26 @@ from dissonance.artifacts import (
     write_table,
 )
 from dissonance.callables import function_source
-from dissonance.config import DEFAULT_STRATEGY, AuditConfig, ModelConfig, RewardConfig, RewardKind, SelectionConfig
+from dissonance.config import DEFAULT_STRATEGY, AuditConfig, ModelConfig, RewardKind, SelectionConfig
+from dissonance.engine.local import LocalEngine
 from dissonance.errors import DataError, InputError, RunError, SettingsError
-from dissonance.models import Policy, ReferenceModel
+from dissonance.models import Engine
 from dissonance.progress import ProgressFactory, quiet
 from dissonance.prompts import LoadedPrompts, load_prompts, prompts_fingerprint
-from dissonance.records import Prompt
 from dissonance.report import write_report
 from dissonance.round_ledger import stage_name
 from dissonance.scored import ScoredLikelihood, measure_scored
 from dissonance.selection import Strategy, parse_threshold, pool_from_tables, queries_table
 from dissonance.selection import select as select_queries
-from dissonance.stages import (
-    Batch,
-    conflict_keys,
-    measure_conflicts,
-    plan_batches,
-    round_length_correlation,
-    sample_completions,
-    score_completions,
-    score_reference,
-)
+from dissonance.stages import conflict_keys, round_length_correlation
+
+LOCAL: Engine = LocalEngine()
+"""This process."""
 
 
-def audit(config: AuditConfig, out: Path | str, progress: ProgressFactory = quiet) -> dict[str, Any]:
+def audit(
+    config: AuditConfig, out: Path | str, progress: ProgressFactory = quiet, *, engine: Engine = LOCAL
+) -> dict[str, Any]:
     """Sample a policy, score its completions, and find where the reward model and the policy disagree.
 
     Leaves `completions.parquet` and `prompts.parquet` in OUT/round-000, `summary.json` and `report.html` in OUT. Run
@@ -57,6 +52,7 @@ def audit(config: AuditConfig, out: Path | str, progress: ProgressFactory = quie
         config: the settings.
         out: the run folder.
         progress: opens the progress of each stage.
+        engine: where it runs: in this process, or on a cluster, `dissonance.engine.ray.RayEngine`.
 
     Returns:
         What `summary.json` holds.
@@ -66,57 +62,15 @@ def audit(config: AuditConfig, out: Path | str, progress: ProgressFactory = quie
     """
     out = Path(out)
     loaded = load_prompts(**config.prompts.model_dump(), seed=config.seed)
-    settings, inputs = audit_settings(config), audit_inputs(config, loaded)
+    settings, inputs = audit_settings(config, engine), audit_inputs(config, loaded)
     if (done := _finished(out, "audit", settings, inputs)) is not None:
         return done
-    prepared = prepare(config, loaded.prompts)
+    prepared = engine.prepare(config, loaded.prompts)
     with create_run(out, "audit", settings, inputs) as run:
-        found = measure_round(run.round(), config, prepared, progress)
-        return conclude(run, "audit", {**found, "duplicates": loaded.n_duplicates})
-
-
-@dataclass
-class Prepared:
-    """What an audit has loaded before it writes anything."""
-
-    prompts: tuple[Prompt, ...]
-    batches: list[Batch]
-    policy: Policy | None
-    """None once it has sampled, so that its memory is free."""
-    reference: ReferenceModel | None
-
-
-def prepare(config: AuditConfig, prompts: tuple[Prompt, ...]) -> Prepared:
-    """Load and try the models, so that a mistake is found out before anything is written.
-
-    Raises:
-        InputError: a model or a prompt cannot be used.
-    """
-    # PyTorch and Transformers are loaded here, so that measuring and selecting need not wait for them.
-    from dissonance.sampling import HFPolicy, HFReference
-
-    check_reward_model(config.reward_model, prompts[0])
-    policy = HFPolicy(config.policy, config.seed)
-    reference = None if config.policy.reference is None else HFReference(config.policy, config.policy.reference)
-    return Prepared(prompts, plan_batches(policy, prompts), policy, reference)
-
-
-def measure_round(folder: Path, config: AuditConfig, prepared: Prepared, progress: ProgressFactory) -> dict[str, Any]:
-    """Sample, score and measure: leaves `completions.parquet` and `prompts.parquet` in a round's folder."""
-    from dissonance.huggingface import free_memory
-    from dissonance.rewards import load_reward_model
-
-    n, batches = config.policy.n, prepared.batches
-    if prepared.policy is not None:
-        sample_completions(folder, prepared.policy, batches, n, progress)
-        prepared.policy = None
-        free_memory()
-    if prepared.reference is not None:
-        score_reference(folder, prepared.reference, batches, n, progress)
-        prepared.reference = None
-        free_memory()
-    score_completions(folder, load_reward_model(config.reward_model), batches, n, progress)
-    return measure_conflicts(folder, prepared.prompts, batches, n, config.likelihood)
+        found = prepared.measure(run.round(), progress)
+        summary = conclude(run, "audit", {**found, "duplicates": loaded.n_duplicates})
+        engine.forget(run.round())
+        return summary
 
 
 @dataclass(frozen=True)
@@ -125,7 +79,7 @@ class Measured:
 
     run: Run
     summary: dict[str, Any]
-    """What `measure_round` returned."""
+    """What measuring the round returned."""
 
     def copy(self, folder: Path) -> dict[str, Any]:
         """Copy the tables into a round's folder; gives the summary.
@@ -183,21 +137,10 @@ def _finished(out: Path, command: str, settings: Mapping[str, Any], inputs: Mapp
     return dict(done["summary"])
 
 
-def check_reward_model(config: RewardConfig, prompt: Prompt) -> None:
-    """Score one text: a model that cannot is found out before the sampling, and leaves its memory to the policy."""
-    from dissonance.huggingface import free_memory
-    from dissonance.rewards import load_reward_model
-
-    load_reward_model(config).score([prompt.messages], [prompt.messages[-1].content])
-    free_memory()
-
-
-def audit_settings(config: AuditConfig) -> dict[str, Any]:
-    """The settings as `run.json` holds them, with what `auto` stands for here."""
-    from dissonance.huggingface import resolved
-
-    reward = {} if ":" in config.reward_model.model else {"reward_model": resolved(config.reward_model)}
-    return {**config.model_dump(mode="json"), "resolved": {"policy": resolved(config.policy), **reward}}
+def audit_settings(config: AuditConfig, engine: Engine = LOCAL) -> dict[str, Any]:
+    """The settings as `run.json` holds them, with what `auto` stands for where the models run."""
+    reward = {} if ":" in config.reward_model.model else {"reward_model": engine.resolved(config.reward_model)}
+    return {**config.model_dump(mode="json"), "resolved": {"policy": engine.resolved(config.policy), **reward}}
 
 
 def audit_inputs(config: AuditConfig, loaded: LoadedPrompts) -> dict[str, str]:
@@ -358,5 +301,4 @@ def conclude(run: Run, command: str, summary: Mapping[str, Any]) -> dict[str, An
     write_json(run.path / "summary.json", summary)
     write_report(run.path)
     run.finish(command, summary=summary)
-    Parts(run.round() / "parts").remove()
     return dict(summary)

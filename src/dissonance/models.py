@@ -5,13 +5,16 @@ A policy samples, a reward model scores, a reference model gives likelihoods. Th
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+from dissonance.config import AuditConfig, ModelConfig
+from dissonance.progress import ProgressFactory
 from dissonance.records import AnnotatorKind, Answer, Completion, Message, Prompt, Question, Reward
 
 
-class Policy(Protocol):
-    """Draws completions with their log-likelihoods."""
+class Planner(Protocol):
+    """Knows how a policy's prompts are batched, without its weights."""
 
     def plan(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
         """Split prompts into batches.
@@ -20,6 +23,10 @@ class Policy(Protocol):
         out those it has, and ends with what it would have had.
         """
         ...
+
+
+class Policy(Planner, Protocol):
+    """Draws completions with their log-likelihoods."""
 
     def sample(self, batch: Sequence[Prompt]) -> list[Completion]:
         """Every completion of one batch, ordered by prompt and completion_id."""
@@ -42,6 +49,30 @@ class RewardModel(Protocol):
 
     def score(self, conversations: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[Reward]:
         """One reward per pair conversations[i], completions[i]."""
+        ...
+
+
+class Engine(Protocol):
+    """Where rounds are measured: `dissonance.engine.local.LocalEngine`, `dissonance.engine.ray.RayEngine`."""
+
+    def resolved(self, section: ModelConfig) -> dict[str, Any]:
+        """What a model's `auto` settings stand for where it would run."""
+        ...
+
+    def prepare(self, config: AuditConfig, prompts: Sequence[Prompt]) -> "PreparedRound":
+        """Find out what can be wrong before anything is written."""
+        ...
+
+    def forget(self, folder: Path) -> None:
+        """Remove what is in flight of a round whose tables stand."""
+        ...
+
+
+class PreparedRound(Protocol):
+    """A round whose models were tried and whose batches are planned."""
+
+    def measure(self, folder: Path, progress: ProgressFactory) -> dict[str, Any]:
+        """Sample, score and measure; leaves the round's two tables in its folder and gives their summary."""
         ...
 
 

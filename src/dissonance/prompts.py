@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dissonance.errors import DataError, SettingsError
+from dissonance.prompt_table import PromptTable
 from dissonance.records import Message, Prompt
 
 PROMPT_COLUMNS = ("prompt", "messages", "text", "question", "instruction", "query")
@@ -40,7 +41,7 @@ Row = tuple[int, dict[str, Any]]
 class LoadedPrompts:
     """The prompts taken from a source, and what became of the others."""
 
-    prompts: tuple[Prompt, ...]
+    prompts: PromptTable
     """Distinct, in the order of the source."""
 
     n_rows: int
@@ -133,7 +134,7 @@ def load_prompts(
     if sample is None or sample >= len(loaded.prompts):
         return loaded
     drawn = np.sort(np.random.default_rng(seed).choice(len(loaded.prompts), size=sample, replace=False))
-    return LoadedPrompts(tuple(loaded.prompts[i] for i in drawn), loaded.n_rows, loaded.n_duplicates)
+    return LoadedPrompts(loaded.prompts.take(drawn.tolist()), loaded.n_rows, loaded.n_duplicates)
 
 
 def prompts_fingerprint(prompts: Iterable[Prompt]) -> str:
@@ -145,28 +146,30 @@ def prompts_fingerprint(prompts: Iterable[Prompt]) -> str:
 
 
 def _distinct(where: str, columns: _Columns, rows: Iterable[Row], limit: int | None) -> LoadedPrompts:
-    prompts: list[Prompt] = []
-    contents: set[str] = set()
-    first_with: dict[str, tuple[int, str]] = {}
     n_rows = 0
-    for place, row in rows:
-        n_rows += 1
-        try:
-            prompt, content = _prompt(row, columns)
-        except DataError as error:
-            raise DataError(f"{where}:{place}: {error}") from None
-        earlier, its_content = first_with.setdefault(prompt.prompt_id, (place, content))
-        if its_content != content:
-            raise DataError(
-                f"{where}:{place}: id {prompt.prompt_id!r} already stands for another prompt at {where}:{earlier}: "
-                "make the ids unique, or name another column with --id-column"
-            )
-        if content not in contents:
-            contents.add(content)
-            prompts.append(prompt)
-            if len(prompts) == limit:
-                break
-    return LoadedPrompts(tuple(prompts), n_rows, n_rows - len(prompts))
+
+    def distinct() -> Iterator[Prompt]:
+        nonlocal n_rows
+        contents: set[str] = set()
+        first_with: dict[str, tuple[int, str]] = {}
+        for place, row in rows:
+            n_rows += 1
+            try:
+                prompt, content = _prompt(row, columns)
+            except DataError as error:
+                raise DataError(f"{where}:{place}: {error}") from None
+            earlier, its_content = first_with.setdefault(prompt.prompt_id, (place, content))
+            if its_content != content:
+                raise DataError(
+                    f"{where}:{place}: id {prompt.prompt_id!r} already stands for another prompt at "
+                    f"{where}:{earlier}: make the ids unique, or name another column with --id-column"
+                )
+            if content not in contents:
+                contents.add(content)
+                yield prompt
+
+    prompts = PromptTable.of(islice(distinct(), limit))
+    return LoadedPrompts(prompts, n_rows, n_rows - len(prompts))
 
 
 def _prompt(row: dict[str, Any], columns: _Columns) -> tuple[Prompt, str]:

@@ -271,7 +271,7 @@ def _held_out(config: RefiningConfig, settings: EvaluationConfig, prompts: Seque
     trained_on: list[Prompt | Preference] = [*prompts, *pairs.original, *pairs.new]
     trained_clusters = _trained_clusters(config, settings) or {}
     return HeldOut(
-        load_prompts(**settings.prompts.model_dump(), seed=config.seed).prompts if settings.prompts else (),
+        tuple(load_prompts(**settings.prompts.model_dump(), seed=config.seed).prompts) if settings.prompts else (),
         trained_on,
         pairs=_without([*pairs.held_out_original, *pairs.held_out_new], trained_on),
         clusters=_clusters(settings.prompts, settings.cluster_column),

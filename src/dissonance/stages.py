@@ -1,11 +1,12 @@
-"""The stages of a round: each takes the round's folder and a model, and leaves its part of the round's tables.
+"""The stages of a round: each takes batches of prompts and a model, and leaves its part of the round's tables.
 
 A stage works batch by batch and stores each one as it comes, so that a killed run goes on where it was. Windows of
-prompts bound the memory: a window is planned, sampled, scored and written without the others.
+prompts bound the memory: a window is planned, sampled, scored and written without the others. What computes one batch,
+or measures one window, does not know where it runs: `dissonance.engine` does.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dissonance.artifacts import Parts, atomic_path
+from dissonance.artifacts import atomic_path
 from dissonance.conflict import Conflicts, ConflictSummary, ConflictTally, conflicts, length_correlation, tally
 from dissonance.errors import DissonanceError, RunError
 from dissonance.likelihood import Likelihood, loglikelihood
-from dissonance.models import Policy, ReferenceModel, RewardModel
-from dissonance.progress import ProgressFactory
+from dissonance.models import Planner, Policy, ReferenceModel, RewardModel
+from dissonance.parts import Parts
+from dissonance.prompt_table import PromptTable
 from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, Completion, Prompt, messages_column
+from dissonance.round_sample import sampled
 
 WINDOW = 1024
 _SAMPLED = pa.schema(
@@ -38,76 +41,83 @@ class Batch:
 
     window: int
     number: int
-    prompts: tuple[Prompt, ...]
+    prompts: PromptTable
 
 
-def plan_batches(policy: Policy, prompts: Sequence[Prompt]) -> list[Batch]:
-    """Every batch of a round, window after window.
+def windows_of(prompts: Sequence[Prompt]) -> list[PromptTable]:
+    """The prompts, `WINDOW` at a time."""
+    table = PromptTable.of(prompts)
+    return [table[first : first + WINDOW] for first in range(0, len(table), WINDOW)]
+
+
+def plan_window(planner: Planner, number: int, window: PromptTable) -> list[Batch]:
+    """Every batch of a window.
 
     Raises:
-        DissonanceError: the policy's plan lost or repeated a prompt.
+        DissonanceError: the plan lost or repeated a prompt.
     """
-    batches = []
-    for w, window in enumerate(_windows(prompts)):
-        planned = policy.plan(window)
-        if sorted(p.prompt_id for batch in planned for p in batch) != sorted(p.prompt_id for p in window):
-            raise DissonanceError(f"the policy's plan does not hold each prompt of window {w} once")
-        batches += [Batch(w, number, tuple(batch)) for number, batch in enumerate(planned)]
-    return batches
+    prompts = list(window)
+    planned = planner.plan(prompts)
+    if sorted(p.prompt_id for batch in planned for p in batch) != sorted(p.prompt_id for p in prompts):
+        raise DissonanceError(f"the policy's plan does not hold each prompt of window {number} once")
+    place = {prompt.prompt_id: row for row, prompt in enumerate(prompts)}
+    return [Batch(number, i, window.take([place[p.prompt_id] for p in batch])) for i, batch in enumerate(planned)]
 
 
-def _windows(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
-    return (prompts[first : first + WINDOW] for first in range(0, len(prompts), WINDOW))
+@dataclass(frozen=True)
+class Stage:
+    """What is computed batch by batch."""
+
+    name: str
+    """Of its parts."""
+
+    label: str
+    """Of its progress."""
+
+    compute: Callable[[Any, Batch, int, Parts], pa.Table]
+    """(model, batch, n, parts before it) -> the batch's part."""
 
 
-def sample_completions(
-    folder: Path, policy: Policy, batches: Sequence[Batch], n: int, progress: ProgressFactory
-) -> None:
-    """Prompts -> completions with log-likelihoods."""
-
-    def compute(batch: Batch) -> pa.Table:
-        completions = policy.sample(batch.prompts)
-        if len(completions) != n * len(batch.prompts):
-            raise DissonanceError(f"the policy gave {len(completions)} completions for {len(batch.prompts)} prompts")
-        return _completions_table(completions)
-
-    _each_batch(folder, "completions", batches, n, compute, progress, label="sampling")
+def compute_batch(stage: Stage, model: Any, batch: Batch, n: int, parts: Parts) -> None:
+    """Compute a batch of a stage and store it."""
+    start = time.perf_counter()
+    table = stage.compute(model, batch, n, parts)
+    parts.write(stage.name, batch.window, batch.number, table, time.perf_counter() - start)
 
 
-def score_completions(
-    folder: Path, reward_model: RewardModel, batches: Sequence[Batch], n: int, progress: ProgressFactory
-) -> None:
-    """Completions -> rewards."""
-
-    def compute(batch: Batch) -> pa.Table:
-        texts = _read(folder, "completions", batch, n)["text"].to_pylist()
-        conversations = [prompt.messages for prompt in batch.prompts for _ in range(n)]
-        rewards = reward_model.score(conversations, texts)
-        if len(rewards) != len(texts):
-            raise DissonanceError(f"the reward model gave {len(rewards)} rewards for {len(texts)} completions")
-        columns = {"reward": [r.value for r in rewards], "reward_truncated": [r.truncated for r in rewards]}
-        return pa.table(_keys(batch, n) | columns, schema=_REWARDS)
-
-    _each_batch(folder, "rewards", batches, n, compute, progress, label="scoring")
+def _sample(policy: Policy, batch: Batch, n: int, parts: Parts) -> pa.Table:
+    del parts
+    completions = policy.sample(list(batch.prompts))
+    if len(completions) != n * len(batch.prompts):
+        raise DissonanceError(f"the policy gave {len(completions)} completions for {len(batch.prompts)} prompts")
+    return _completions_table(completions)
 
 
-def score_reference(
-    folder: Path, reference: ReferenceModel, batches: Sequence[Batch], n: int, progress: ProgressFactory
-) -> None:
-    """Completions -> log-likelihoods under the reference model."""
-
-    def compute(batch: Batch) -> pa.Table:
-        ids = _read(folder, "completions", batch, n)["token_ids"].to_pylist()
-        grouped = [ids[first : first + n] for first in range(0, len(ids), n)]
-        sums = reference.logprobs(batch.prompts, grouped)
-        flat = [value for group in sums for value in group]
-        return pa.table(_keys(batch, n) | {"ref_logprob": flat}, schema=_REFERENCE)
-
-    _each_batch(folder, "reference", batches, n, compute, progress, label="reference model")
+def _score(reward_model: RewardModel, batch: Batch, n: int, parts: Parts) -> pa.Table:
+    texts = _read(parts, SAMPLING, batch, n)["text"].to_pylist()
+    conversations = [prompt.messages for prompt in batch.prompts for _ in range(n)]
+    rewards = reward_model.score(conversations, texts)
+    if len(rewards) != len(texts):
+        raise DissonanceError(f"the reward model gave {len(rewards)} rewards for {len(texts)} completions")
+    columns = {"reward": [r.value for r in rewards], "reward_truncated": [r.truncated for r in rewards]}
+    return pa.table(_keys(batch, n) | columns, schema=_REWARDS)
 
 
-def _parts(folder: Path) -> Parts:
-    return Parts(folder / "parts")
+def _refer(reference: ReferenceModel, batch: Batch, n: int, parts: Parts) -> pa.Table:
+    ids = _read(parts, SAMPLING, batch, n)["token_ids"].to_pylist()
+    grouped = [ids[first : first + n] for first in range(0, len(ids), n)]
+    sums = reference.logprobs(list(batch.prompts), grouped)
+    flat = [value for group in sums for value in group]
+    return pa.table(_keys(batch, n) | {"ref_logprob": flat}, schema=_REFERENCE)
+
+
+SAMPLING = Stage("completions", "sampling", _sample)
+"""Prompts -> completions with log-likelihoods, by a `Policy`."""
+REFERENCE = Stage("reference", "reference model", _refer)
+"""Completions -> log-likelihoods under a `ReferenceModel`."""
+SCORING = Stage("rewards", "scoring", _score)
+"""Completions -> rewards, by a `RewardModel`."""
+STAGES = {stage.name: stage for stage in (SAMPLING, REFERENCE, SCORING)}
 
 
 def _keys(batch: Batch, n: int) -> dict[str, list[Any]]:
@@ -118,33 +128,19 @@ def _keys(batch: Batch, n: int) -> dict[str, list[Any]]:
     }
 
 
-def _read(folder: Path, stage: str, batch: Batch, n: int) -> pa.Table:
+def _read(parts: Parts, stage: Stage, batch: Batch, n: int) -> pa.Table:
     """A stored batch, which must hold what the plan says: positions alone would give a prompt another's reward."""
-    table = _parts(folder).read(stage, batch.window, batch.number)
+    table = parts.read(stage.name, batch.window, batch.number)
     if table.select(_KEYS).to_pydict() != _keys(batch, n):
-        path = _parts(folder).path(stage, batch.window, batch.number)
-        raise RunError(f"{path} holds other completions than planned: choose another --out")
+        name = parts.name(stage.name, batch.window, batch.number)
+        raise RunError(f"{name} holds other completions than planned: choose another --out")
     return table
 
 
-def _each_batch(
-    folder: Path,
-    stage: str,
-    batches: Sequence[Batch],
-    n: int,
-    compute: Callable[[Batch], pa.Table],
-    progress: ProgressFactory,
-    label: str,
-) -> None:
-    parts = _parts(folder)
-    waiting = [b for b in batches if not parts.path(stage, b.window, b.number).exists()]
-    total = sum(len(b.prompts) for b in waiting) * n
-    with progress(label, total, "completions") as advance:
-        for batch in waiting:
-            start = time.perf_counter()
-            table = compute(batch)
-            parts.write(stage, batch.window, batch.number, table, time.perf_counter() - start)
-            advance(n * len(batch.prompts))
+def waiting(parts: Parts, stage: Stage, batches: Iterable[Batch]) -> list[Batch]:
+    """The batches that are not stored yet."""
+    there = parts.names()
+    return [batch for batch in batches if parts.name(stage.name, batch.window, batch.number) not in there]
 
 
 def _completions_table(completions: Sequence[Completion]) -> pa.Table:
@@ -152,41 +148,79 @@ def _completions_table(completions: Sequence[Completion]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_SAMPLED)
 
 
-def measure_conflicts(
-    folder: Path, prompts: Sequence[Prompt], batches: Sequence[Batch], n: int, likelihood: Likelihood
-) -> dict[str, Any]:
-    """Completions, rewards and log-likelihoods -> the round's two tables and their summary."""
-    total, seconds = ConflictTally(), dict.fromkeys(("completions", "rewards", "reference"), 0.0)
+@dataclass(frozen=True)
+class MeasuredWindow:
+    """The rows that a window adds to the round's two tables, and what they add to its summary."""
+
+    completions: pa.Table
+    """`COMPLETIONS_SCHEMA`, in the order of the prompts."""
+    prompts: pa.Table
+    """`PROMPTS_SCHEMA`."""
+    tally: ConflictTally
+    seconds: dict[str, float]
+    """What its batches took, by stage."""
+
+
+def measure_window(
+    parts: Parts,
+    stages: Sequence[Stage],
+    window: PromptTable,
+    batches: Sequence[Batch],
+    n: int,
+    likelihood: Likelihood,
+) -> MeasuredWindow:
+    """What `stages` left of a window's batches -> its conflicts.
+
+    Raises:
+        RunError: a part is missing, damaged, or holds something else than planned.
+    """
+    table, seconds = _window_table(parts, stages, window, batches, n)
+    found = _measure(table, window, likelihood)
+    completions = table.append_column(COMPLETIONS_SCHEMA.field("pacs"), pa.array(found.pacs))
+    return MeasuredWindow(
+        completions.select(COMPLETIONS_SCHEMA.names), _prompts_table(window, found), tally(found), seconds
+    )
+
+
+def write_round(folder: Path, windows: Iterable[MeasuredWindow]) -> dict[str, Any]:
+    """All windows in order -> the round's two tables; gives their summary."""
+    total, seconds = ConflictTally(), dict.fromkeys(STAGES, 0.0)
+    counts = dict.fromkeys(("truncated", "unfinished", "tokens"), 0)
     with (
         atomic_path(folder / "completions.parquet") as completions_path,
         atomic_path(folder / "prompts.parquet") as prompts_path,
         pq.ParquetWriter(completions_path, COMPLETIONS_SCHEMA, compression="zstd") as completions_writer,
         pq.ParquetWriter(prompts_path, PROMPTS_SCHEMA, compression="zstd") as prompts_writer,
     ):
-        for w, window in enumerate(_windows(prompts)):
-            table, spent = _window_table(folder, window, [b for b in batches if b.window == w], n)
-            seconds = {stage: seconds[stage] + spent[stage] for stage in seconds}
-            found = _measure(table, window, likelihood)
-            completions_writer.write_table(_column(table, "pacs", found.pacs).select(COMPLETIONS_SCHEMA.names))
-            prompts_writer.write_table(_prompts_table(window, found))
-            total += tally(found)
-    return {**conflict_keys(total.summary()), **_audit_keys(folder, seconds)}
+        for window in windows:
+            completions_writer.write_table(window.completions)
+            prompts_writer.write_table(window.prompts)
+            total += window.tally
+            seconds = {stage: seconds[stage] + window.seconds[stage] for stage in seconds}
+            counts["truncated"] += pc.sum(window.completions["reward_truncated"]).as_py()
+            counts["unfinished"] += pc.sum(pc.equal(window.completions["finish_reason"], "length")).as_py()
+            counts["tokens"] += pc.sum(window.completions["n_tokens"]).as_py()
+    return {
+        **conflict_keys(total.summary()),
+        "length_correlation": round_length_correlation(folder),
+        **counts,
+        "tokens_per_second": counts["tokens"] / max(seconds[SAMPLING.name], 1e-9),
+        "seconds": sum(seconds.values()),
+    }
 
 
 def _window_table(
-    folder: Path, window: Sequence[Prompt], batches: Sequence[Batch], n: int
+    parts: Parts, stages: Sequence[Stage], window: PromptTable, batches: Sequence[Batch], n: int
 ) -> tuple[pa.Table, dict[str, float]]:
     """The completions of a window in the order of its prompts, and the seconds that each stage took."""
-    parts = _parts(folder)
-    seconds = dict.fromkeys(("completions", "rewards", "reference"), 0.0)
+    seconds = dict.fromkeys(STAGES, 0.0)
     tables = []
     for batch in batches:
         columns: dict[str, pa.ChunkedArray] = {}
-        for stage in seconds:
-            if stage != "reference" or parts.path(stage, batch.window, batch.number).exists():
-                part = _read(folder, stage, batch, n)
-                seconds[stage] += float(part.schema.metadata[b"seconds"])
-                columns |= dict(zip(part.column_names, part.columns, strict=True))
+        for stage in stages:
+            part = _read(parts, stage, batch, n)
+            seconds[stage.name] += float(part.schema.metadata[b"seconds"])
+            columns |= dict(zip(part.column_names, part.columns, strict=True))
         tables.append(pa.table(columns))
     table = pa.concat_tables(tables)
     if "ref_logprob" not in table.column_names:
@@ -197,7 +231,7 @@ def _window_table(
     return ordered, seconds
 
 
-def _measure(table: pa.Table, window: Sequence[Prompt], likelihood: Likelihood) -> Conflicts:
+def _measure(table: pa.Table, window: PromptTable, likelihood: Likelihood) -> Conflicts:
     if len(table) % len(window):
         raise DissonanceError(f"{len(table)} completions for {len(window)} prompts: run the command again")
     offsets = np.arange(len(window) + 1) * (len(table) // len(window))
@@ -205,11 +239,7 @@ def _measure(table: pa.Table, window: Sequence[Prompt], likelihood: Likelihood) 
     return conflicts(rewards, loglikelihood(table, likelihood), offsets, [p.prompt_id for p in window])
 
 
-def _column(table: pa.Table, name: str, values: np.ndarray[Any, Any]) -> pa.Table:
-    return table.append_column(COMPLETIONS_SCHEMA.field(name), pa.array(values))
-
-
-def _prompts_table(window: Sequence[Prompt], found: Conflicts) -> pa.Table:
+def _prompts_table(window: PromptTable, found: Conflicts) -> pa.Table:
     return pa.table(
         {
             "prompt_id": [p.prompt_id for p in window],
@@ -246,29 +276,18 @@ def conflict_keys(found: ConflictSummary) -> dict[str, Any]:
     }
 
 
-def _audit_keys(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """The keys that only `audit` has: lengths, truncation, rates."""
-    columns = pq.read_table(folder / "completions.parquet", columns=["n_tokens", "finish_reason", "reward_truncated"])
-    tokens = pc.sum(columns["n_tokens"]).as_py()
-    return {
-        "length_correlation": round_length_correlation(folder),
-        "truncated": pc.sum(columns["reward_truncated"]).as_py(),
-        "unfinished": pc.sum(pc.equal(columns["finish_reason"], "length")).as_py(),
-        "tokens": tokens,
-        "tokens_per_second": tokens / max(seconds["completions"], 1e-9),
-        "seconds": sum(seconds.values()),
-    }
-
-
 def round_length_correlation(folder: Path) -> float | None:
-    """`conflict.length_correlation` of a round's two tables; None also where a completion has no n_tokens."""
-    file = folder / "completions.parquet"
-    if "n_tokens" not in pq.read_schema(file).names:
+    """`conflict.length_correlation` of a round's two tables; None also where a completion has no n_tokens.
+
+    Of a large round, that of the sample which its report shows.
+    """
+    if "n_tokens" not in pq.read_schema(folder / "completions.parquet").names:
         return None
-    columns = pq.read_table(file, columns=["pacs", "n_tokens"])
+    with sampled(folder, (["n_completions", "degenerate"], ["pacs", "n_tokens"])) as drawn:
+        columns = pq.read_table(drawn / "completions.parquet", columns=["pacs", "n_tokens"])
+        prompts = pq.read_table(drawn / "prompts.parquet", columns=["n_completions", "degenerate"])
     if columns["n_tokens"].null_count:
         return None
-    prompts = pq.read_table(folder / "prompts.parquet", columns=["n_completions", "degenerate"])
     offsets = np.append(0, np.cumsum(prompts["n_completions"].to_numpy(), dtype=np.int64))
     return length_correlation(
         columns["pacs"].to_numpy(), columns["n_tokens"].to_numpy(), offsets, prompts["degenerate"].to_numpy()

@@ -5,9 +5,10 @@ that was killed, or given more seeds, budgets or strategies, plays only what is 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from multiprocessing import active_children
 from pathlib import Path
@@ -22,7 +23,7 @@ from dissonance.bench.detection import detect
 from dissonance.bench.efficiency import efficiency_interval, mean_over_seeds
 from dissonance.bench.setting import Place, load_setting, make_setting, place
 from dissonance.callables import import_callable
-from dissonance.engine.local import worker_pool
+from dissonance.engine.processes import worker_pool
 from dissonance.errors import RunError, SettingsError
 from dissonance.evaluate.statistics import Bootstrap, FloatArray, Interval
 from dissonance.progress import ProgressFactory, quiet
@@ -39,6 +40,7 @@ def bench(
     *,
     seeds: SeedSet = "confirmation",
     workers: int | None = None,
+    executor: Callable[[int], Executor] | None = None,
     progress: ProgressFactory = quiet,
 ) -> dict[str, Any]:
     """Compare strategies at equal cost, and conflict as a predictor of the proxy's errors.
@@ -48,6 +50,8 @@ def bench(
         out: gets settings/, cells/, `summary.json` and `report.html`.
         seeds: which of the config's sets.
         workers: processes; by default one for each core.
+        executor: opens what runs at most so many settings and cells at once, in place of processes of this machine:
+            `dissonance.engine.tasks.task_pool`.
         progress: opens the progress of the settings and cells.
 
     Returns:
@@ -61,7 +65,7 @@ def bench(
         SettingsError: the config has no seeds of that set.
         RunError: `out` holds something else, another process is at it, or the file of a strategy was edited meanwhile.
     """
-    out = Path(out)
+    out = Path(out).resolve()  # what runs a cell may stand in another folder
     places = _places(config, out, seeds)
     check_folder(out)
     (out / "cells").mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,7 @@ def bench(
         for folder in (out, out / "cells", out / "settings"):
             sweep(folder)
         files = {cell: cell.file(config, out) for here in places for cell in cells_of(config, here)}
-        _play_all(config, places, files, out, workers, progress)
+        _play_all(config, places, files, out, executor or partial(worker_pool, workers=workers), progress)
         summary = {
             "seeds": seeds,
             "feedback": next(iter(config.feedback)),
@@ -126,7 +130,7 @@ def _play_all(
     places: Sequence[Place],
     files: Mapping[Cell, Path],
     out: Path,
-    workers: int | None,
+    executor: Callable[[int], Executor],
     progress: ProgressFactory,
 ) -> None:
     """Make every setting; as each is done, play its cells, strategy by strategy."""
@@ -137,7 +141,7 @@ def _play_all(
     if not places:
         return
     total = sum(steps[here] for here in places) + cells
-    with progress("worlds and cells", total, "steps") as advance, worker_pool(len(places) + cells, workers) as pool:
+    with progress("worlds and cells", total, "steps") as advance, executor(len(places) + cells) as pool:
         then: dict[Future[None], tuple[int, list[list[Cell]]]] = {}
         try:
             for here in places:

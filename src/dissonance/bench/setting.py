@@ -12,8 +12,8 @@ from dissonance.artifacts import atomic_folder, fingerprint, read_table, version
 from dissonance.bench.config import BenchConfig, PoolConfig
 from dissonance.config import AuditConfig, Dtype, PolicyConfig, PromptsConfig, RewardConfig
 from dissonance.conflict import conflicts
+from dissonance.engine.local import LocalEngine
 from dissonance.likelihood import Likelihood, loglikelihood
-from dissonance.measuring import measure_round, prepare
 from dissonance.progress import quiet
 from dissonance.prompts import load_prompts
 from dissonance.records import Message, Preference
@@ -114,7 +114,7 @@ def _measure(sandbox: Sandbox, here: Place, name: str, part: PoolConfig, referen
     )
     prompts = load_prompts(**settings.prompts.model_dump()).prompts
     (folder / name).mkdir()
-    measure_round(folder / name, settings, prepare(settings, prompts), quiet)
+    LocalEngine().prepare(settings, prompts).measure(folder / name, quiet)
 
 
 def _add_ensemble(sandbox: Sandbox, config: BenchConfig, seed: int, folder: Path) -> None:

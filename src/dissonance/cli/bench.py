@@ -1,12 +1,15 @@
 """The command that compares strategies at equal cost."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dissonance.cli.common import Json, Quiet, Set, changed, progress_of, read_yaml, said, say
+from dissonance.cli.engines import EngineName, RayAddress, WorkerCpus, WorkerGpus, ray_options
 from dissonance.config import parse_section
 
 app = typer.Typer()
@@ -22,7 +25,13 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", help="Where to; by default CONFIG without .yaml.")] = None,
     changes: Set = None,
     development: Development = False,
-    workers: Annotated[int | None, typer.Option("--workers", help="Processes; by default one for each core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Processes, or Ray tasks at once; default: all that fit.")
+    ] = None,
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
+    worker_cpus: WorkerCpus = None,
+    worker_gpus: WorkerGpus = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the settings, say what would be done.")] = False,
     as_json: Json = False,
     silent: Quiet = False,
@@ -40,7 +49,14 @@ def bench(
         planned = benchmark.plan(settings, out, seeds)
         say(planned, as_json, [*_plan_lines(planned), *_notes(settings, len(planned["seeds"]))])
         return
-    found = benchmark.bench(settings, out, seeds=seeds, workers=workers, progress=progress_of(silent))
+    executor = None
+    if (options := ray_options(engine, address=ray_address, cpus=worker_cpus, gpus=worker_gpus)) is not None:
+        from dissonance.engine.tasks import TaskPool
+
+        executor = partial(TaskPool, replace(options, workers=workers))
+    found = benchmark.bench(
+        settings, out, seeds=seeds, workers=workers, executor=executor, progress=progress_of(silent)
+    )
     notes = _notes(settings, len({row["seed"] for row in found["baselines"]}))
     say(found, as_json, [*_lines(found), *notes, f"report: {out / 'report.html'}"])
 

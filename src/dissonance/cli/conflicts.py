@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from dissonance.cli.common import Json, Out, Quiet, RunFolder, progress_of, say
+from dissonance.cli.engines import EngineName, RayAddress, Storage, WorkerCpus, WorkerGpus, Workers, engine_of
 from dissonance.config import DEFAULT_STRATEGY, AuditConfig, Dtype, RewardKind, parse_section
 from dissonance.errors import SettingsError
 from dissonance.likelihood import Likelihood
@@ -51,6 +52,12 @@ def audit(
     dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that computes in it.")] = "auto",
     tokens_per_batch: Annotated[int | None, typer.Option(help="Bound on the tokens of one batch.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with a model.")] = False,
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
+    workers: Workers = None,
+    worker_cpus: WorkerCpus = None,
+    worker_gpus: WorkerGpus = None,
+    storage: Storage = None,
     as_json: Json = False,
     silent: Quiet = False,
 ) -> None:
@@ -101,7 +108,8 @@ def audit(
             "seed": seed,
         },
     )
-    summary = run_audit(config, out, progress_of(silent))
+    where = engine_of(engine, address=ray_address, workers=workers, cpus=worker_cpus, gpus=worker_gpus, storage=storage)
+    summary = run_audit(config, out, progress_of(silent), engine=where)
     say(summary, as_json, [*_conflict_lines(summary, likelihood), f"report: {out / 'report.html'}"])
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dissonance.cli.common import Json, Out, Quiet, RunFolder, Set, StoreUrl, changed, progress_of, read_yaml, said, say
+from dissonance.cli.engines import EngineName, RayAddress, Storage, WorkerCpus, WorkerGpus, Workers, engine_of
 from dissonance.config import RunConfig, parse_section
 from dissonance.errors import LabelsDue, SettingsError
 
@@ -29,6 +30,12 @@ def run(
     wait: Annotated[bool, typer.Option("--wait", help="Stay until people have answered.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done.")] = False,
     store: StoreUrl = None,
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
+    workers: Workers = None,
+    worker_cpus: WorkerCpus = None,
+    worker_gpus: WorkerGpus = None,
+    storage: Storage = None,
     as_json: Json = False,
     silent: Quiet = False,
 ) -> None:
@@ -49,8 +56,11 @@ def run(
         return
     from dissonance.loop import run as run_rounds
 
+    where = engine_of(engine, address=ray_address, workers=workers, cpus=worker_cpus, gpus=worker_gpus, storage=storage)
     try:
-        found = run_rounds(settings, out, audit=audit, wait=wait, say=_on_stderr, progress=progress_of(silent))
+        found = run_rounds(
+            settings, out, audit=audit, wait=wait, say=_on_stderr, progress=progress_of(silent), engine=where
+        )
     except LabelsDue as due:
         if not as_json:
             raise

@@ -1,1 +1,7 @@
-"""Where work runs. local.py: processes of this machine, one for each core."""
+"""Where work runs.
+
+local.py      this process: batch after batch of a round
+ray.py        the same stages as Ray Data pipelines over pools of actors, on any cluster
+processes.py  many small trainings on this machine, one process for each core
+tasks.py      the same as Ray tasks
+"""

@@ -1,61 +1,123 @@
-"""Processes of this machine for many small trainings: one for each core, with one thread each."""
+"""A round in this process: batch after batch, one model in memory at a time."""
 
-import gc
-import os
-import signal
-import threading
-import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from dissonance.errors import SettingsError
+from dissonance.config import AuditConfig, ModelConfig, RewardConfig
+from dissonance.parts import Parts
+from dissonance.progress import ProgressFactory
+from dissonance.records import Prompt
+from dissonance.stages import (
+    REFERENCE,
+    SAMPLING,
+    SCORING,
+    Batch,
+    Stage,
+    compute_batch,
+    measure_window,
+    plan_window,
+    waiting,
+    windows_of,
+    write_round,
+)
 
-_LOOK_EVERY = 1.0
-"""Seconds between two looks at whether the parent is there."""
+
+class LocalEngine:
+    """Measures rounds in this process."""
+
+    def resolved(self, section: ModelConfig) -> dict[str, Any]:
+        """What `auto` stands for here."""
+        from dissonance.huggingface import resolved
+
+        return resolved(section)
+
+    def prepare(self, config: AuditConfig, prompts: Sequence[Prompt]) -> "LocalRound":
+        """Load and try the models, so that a mistake is found out before anything is written.
+
+        Raises:
+            InputError: a model or a prompt cannot be used.
+        """
+        return LocalRound(config, prompts)
+
+    def forget(self, folder: Path) -> None:
+        """Remove the parts of a round whose tables stand."""
+        Parts(folder / "parts").remove()
 
 
-def worker_pool(most: int, workers: int | None = None) -> ProcessPoolExecutor:
-    """Processes for at most so many tasks at once.
+class LocalRound:
+    """An audit that has loaded what it needs before it writes anything."""
 
-    Args:
-        most: more than this are of no use.
-        workers: how many; by default one for each core that this process may use.
+    def __init__(self, config: AuditConfig, prompts: Sequence[Prompt]) -> None:
+        check_reward_model(config.reward_model, prompts[0])
+        self._config, self._windows = config, windows_of(prompts)
+        self._models = {SAMPLING: load_model(SAMPLING, config)}
+        if config.policy.reference is not None:
+            self._models[REFERENCE] = load_model(REFERENCE, config)
+        planner = self._models[SAMPLING]
+        self._batches = [batch for w, window in enumerate(self._windows) for batch in plan_window(planner, w, window)]
+
+    def measure(self, folder: Path, progress: ProgressFactory) -> dict[str, Any]:
+        """Sample, score and measure: leaves `completions.parquet` and `prompts.parquet` in a round's folder."""
+        from dissonance.huggingface import free_memory
+
+        parts, n = Parts(folder / "parts"), self._config.policy.n
+        stages = stages_of(self._config)
+        for stage in stages:
+            model = self._models.pop(stage, None) or load_model(stage, self._config)
+            left = waiting(parts, stage, self._batches)
+            with progress(stage.label, sum(len(batch.prompts) for batch in left) * n, "completions") as advance:
+                for batch in left:
+                    compute_batch(stage, model, batch, n, parts)
+                    advance(n * len(batch.prompts))
+            del model
+            free_memory()
+        by_window = by_window_of(self._batches)
+        return write_round(
+            folder,
+            (
+                measure_window(parts, stages, window, by_window[w], n, self._config.likelihood)
+                for w, window in enumerate(self._windows)
+            ),
+        )
+
+
+def stages_of(config: AuditConfig) -> tuple[Stage, ...]:
+    """What a round computes before it is measured, in order."""
+    return (SAMPLING, SCORING) if config.policy.reference is None else (SAMPLING, REFERENCE, SCORING)
+
+
+def load_model(stage: Stage, config: AuditConfig) -> Any:
+    """The model of a stage.
 
     Raises:
-        SettingsError: fewer than one.
+        ModelError: it cannot be used.
     """
-    if workers is not None and workers < 1:
-        raise SettingsError(f"workers is {workers}: give at least 1")
-    count = min(most, cores() if workers is None else workers)
-    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_alone)
+    # PyTorch and Transformers are loaded here, so that measuring and selecting need not wait for them.
+    from dissonance.rewards import load_reward_model
+    from dissonance.sampling import HFPolicy, HFReference
+
+    load: Mapping[Stage, Callable[[], Any]] = {
+        SAMPLING: lambda: HFPolicy(config.policy, config.seed),
+        REFERENCE: lambda: HFReference(config.policy, str(config.policy.reference)),
+        SCORING: lambda: load_reward_model(config.reward_model),
+    }
+    return load[stage]()
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def check_reward_model(config: RewardConfig, prompt: Prompt) -> None:
+    """Score one text: a model that cannot is found out before the sampling, and leaves its memory to the policy."""
+    from dissonance.huggingface import free_memory
+    from dissonance.rewards import load_reward_model
+
+    load_reward_model(config).score([prompt.messages], [prompt.messages[-1].content])
+    free_memory()
 
 
-def _alone() -> None:
-    """A thread for each process: at the size of tiny models a second one costs more than it brings.
-
-    What the libraries hold for good is kept from the garbage collector: it is called whenever a model goes, and to walk
-    through them takes longer than a step of training.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its processes
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    import torch
-
-    import dissonance.loop
-    import dissonance.refine.policy_trainers
-    import dissonance.refine.reward  # noqa: F401
-
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it is gone; without it, nothing would tell."""
-    while os.getppid() == parent:
-        time.sleep(_LOOK_EVERY)
-    os._exit(1)
+def by_window_of(batches: Sequence[Batch]) -> Mapping[int, list[Batch]]:
+    """The batches of each window."""
+    found: dict[int, list[Batch]] = defaultdict(list)
+    for batch in batches:
+        found[batch.window].append(batch)
+    return found

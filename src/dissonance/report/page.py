@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import pyarrow.parquet as pq
 import vl_convert
 
 from dissonance.artifacts import read_json
@@ -29,6 +30,7 @@ from dissonance.report.rounds import round_figures
 from dissonance.report.statistics import extremes, measure, rows_by_prompt, top_prompts
 from dissonance.report.story import read_rounds
 from dissonance.report.tables import Booleans, Completions, Floats, Prompts, read_completions, read_prompts
+from dissonance.round_sample import sampled
 
 _EXTREMES = 10
 _TOP_PROMPTS = 20
@@ -44,9 +46,16 @@ def render_report(run: Path) -> str:
     ledger, summary = _read_object(run, "run.json"), _read_object(run, "summary.json")
     # `config.yaml` is JSON, and has what a run does after its audit.
     config = _read_object(run, "config.yaml") if (run / "config.yaml").is_file() else None
+    with sampled(run / "round-000") as folder:
+        return _render(run, folder, ledger, summary, config)
+
+
+def _render(
+    run: Path, folder: Path, ledger: Mapping[str, Any], summary: Mapping[str, Any], config: Mapping[str, Any] | None
+) -> str:
+    """Render a run with the tables in `folder`, which may be a sample of its own."""
     settings = ledger.get("settings")
     how = reading(settings if isinstance(settings, Mapping) else {})
-    folder = run / "round-000"
     prompts, prompt_ids = read_prompts(folder / "prompts.parquet")
     completions = read_completions(folder / "completions.parquet", prompt_ids, how.likelihood)
     measured = measure(prompts, completions)
@@ -63,6 +72,7 @@ def render_report(run: Path) -> str:
         title=_title(ledger),
         created=str(ledger.get("created", "")).replace("T", " ").replace("+00:00", " UTC"),
         command=str(ledger.get("command", "audit")),
+        sample=_sample(folder, run / "round-000"),
         headline=headline(completions, measured, sides.agreeing, how),
         figures={f.name: f for f in figures(folder, prompts, completions, measured, sides, how)} | told,
         stories=stories,
@@ -73,6 +83,17 @@ def render_report(run: Path) -> str:
         top=top,
         significance=SIGNIFICANCE,
         sections=_sections(ledger, summary, config),
+    )
+
+
+def _sample(shown: Path, whole: Path) -> str | None:
+    """What to say where the page shows a sample."""
+    if shown == whole:
+        return None
+    some, all_of_them = (pq.read_metadata(folder / "prompts.parquet").num_rows for folder in (shown, whole))
+    return (
+        f"This page shows {some:,} prompts, drawn at random from {all_of_them:,}, with all their answers. The figures "
+        "of all prompts are at the end of the page, under Figures."
     )
 
 

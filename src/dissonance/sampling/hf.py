@@ -4,18 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dissonance.config import PolicyConfig
-from dissonance.errors import DataError, DissonanceError, ModelError
-from dissonance.huggingface import (
-    free_memory,
-    is_out_of_memory,
-    load_tokenizer,
-    resolve_device,
-    resolve_tokens_per_batch,
-)
+from dissonance.errors import DissonanceError, ModelError
+from dissonance.huggingface import free_memory, is_out_of_memory, load_tokenizer, resolve_device
 from dissonance.language_model import PromptEncoder, end_ids, load_language_model
 from dissonance.records import Completion, FinishReason, Prompt
 from dissonance.sampling.decode import Drawn, decode, teacher_force
 from dissonance.sampling.draw import stack_uniforms
+from dissonance.sampling.planner import HFPlanner
 
 
 class HFPolicy:
@@ -29,42 +24,15 @@ class HFPolicy:
 
     def __init__(self, config: PolicyConfig, seed: int = 0) -> None:
         self._config, self._seed = config, seed
-        self._device = resolve_device(config.device)
-        self._budget = resolve_tokens_per_batch(config, self._device)
-        self._encode = PromptEncoder(config)
-        self._model = load_language_model(config, "policy").to(self._device)
+        self._planner = HFPlanner(config)
+        self._encode = self._planner.encode
+        self._model = load_language_model(config, "policy").to(resolve_device(config.device))
         self._eos_ids = end_ids(self._model, self._encode.tokenizer)
         self._row_limit: int | None = None
 
     def plan(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-        """Split prompts into batches by length, each within the token budget; depends on nothing but the settings.
-
-        Raises:
-            DataError: a prompt leaves no room for max_new_tokens in the policy's context.
-        """
-        lengths = {prompt.prompt_id: len(self._encode(prompt)) for prompt in prompts}
-        self._check_room(lengths)
-        batches: list[list[Prompt]] = []
-        for prompt in sorted(prompts, key=lambda p: -lengths[p.prompt_id]):
-            # Longest first: a batch's first prompt bounds its width, and memory runs out early or not at all.
-            if batches and self._rows_cost(len(batches[-1]) + 1, lengths[batches[-1][0].prompt_id]) <= self._budget:
-                batches[-1].append(prompt)
-            else:
-                batches.append([prompt])
-        return batches
-
-    def _rows_cost(self, prompts: int, longest: int) -> int:
-        return prompts * self._config.n * (longest + self._config.max_new_tokens)
-
-    def _check_room(self, lengths: dict[str, int]) -> None:
-        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        new = self._config.max_new_tokens
-        too_long = [name for name, length in lengths.items() if context and length + new > context]
-        if too_long:
-            raise DataError(
-                f"{len(too_long)} prompts leave no room for {new} new tokens in the policy's {context} positions "
-                f"(the first, {too_long[0]!r}, has {lengths[too_long[0]]} tokens): shorten them or lower max_new_tokens"
-            )
+        """As `HFPlanner.plan`."""
+        return self._planner.plan(prompts)
 
     def sample(self, batch: Sequence[Prompt]) -> list[Completion]:
         """All completions of a batch, ordered by prompt and completion_id.

@@ -1,0 +1,53 @@
+"""How a policy's prompts are batched: by its tokenizer and its configuration, without its weights."""
+
+from collections.abc import Sequence
+
+from dissonance.config import PolicyConfig
+from dissonance.errors import DataError
+from dissonance.huggingface import resolve_device, resolve_tokens_per_batch
+from dissonance.language_model import PromptEncoder, load_configuration
+from dissonance.records import Prompt
+
+
+class HFPlanner:
+    """Plans the batches of a causal LM.
+
+    Raises:
+        ModelError: its tokenizer or its configuration cannot be loaded.
+    """
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self._config = config
+        self._budget = resolve_tokens_per_batch(config, resolve_device(config.device))
+        self._context = getattr(load_configuration(config, "policy").get_text_config(), "max_position_embeddings", None)
+        self.encode = PromptEncoder(config)
+        """Prompt -> token ids."""
+
+    def plan(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+        """Split prompts into batches by length, each within the token budget; depends on nothing but the settings.
+
+        Raises:
+            DataError: a prompt leaves no room for max_new_tokens in the policy's context.
+        """
+        lengths = {prompt.prompt_id: len(self.encode(prompt)) for prompt in prompts}
+        self._check_room(lengths)
+        batches: list[list[Prompt]] = []
+        for prompt in sorted(prompts, key=lambda p: -lengths[p.prompt_id]):
+            # Longest first: a batch's first prompt bounds its width, and memory runs out early or not at all.
+            if batches and self._rows_cost(len(batches[-1]) + 1, lengths[batches[-1][0].prompt_id]) <= self._budget:
+                batches[-1].append(prompt)
+            else:
+                batches.append([prompt])
+        return batches
+
+    def _rows_cost(self, prompts: int, longest: int) -> int:
+        return prompts * self._config.n * (longest + self._config.max_new_tokens)
+
+    def _check_room(self, lengths: dict[str, int]) -> None:
+        context, new = self._context, self._config.max_new_tokens
+        too_long = [name for name, length in lengths.items() if context and length + new > context]
+        if too_long:
+            raise DataError(
+                f"{len(too_long)} prompts leave no room for {new} new tokens in the policy's {context} positions "
+                f"(the first, {too_long[0]!r}, has {lengths[too_long[0]]} tokens): shorten them or lower max_new_tokens"
+            )

@@ -1,0 +1,177 @@
+"""A Ray cluster of several nodes on this machine: what it measures is what one process measures, whatever is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from ray.cluster_utils import Cluster
+
+from conftest import WORDS
+
+STORE = 80 << 20
+SLOW_REWARD = """
+import time
+def reward(prompts, completions):
+    time.sleep(0.5)
+    return [float(len(set(c.split()))) for c in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head and two nodes, of a core each."""
+    cluster = Cluster()
+    for _ in range(3):
+        cluster.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def many_prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    prompts = [f"{WORDS[i % len(WORDS)]} {WORDS[i // len(WORDS)]} {WORDS[(7 * i) % len(WORDS)]}" for i in range(120)]
+    path.write_text("".join(json.dumps({"id": f"p{i}", "prompt": text}) + "\n" for i, text in enumerate(prompts)))
+    return path
+
+
+def command(*arguments: object, cwd: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "dissonance", *map(str, arguments)],
+        cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def audit(policy: Path, reward: object, prompts: Path, out: Path, **options: Any) -> list[object]:
+    settings = {
+        "policy": policy, "reward-model": reward, "prompts": prompts, "out": out, "n": 4, "max-new-tokens": 10,
+        "tokens-per-batch": 300, **options,
+    }  # fmt: skip
+    return ["audit", "--json", *(x for name, value in settings.items() for x in (f"--{name.replace('_', '-')}", value))]
+
+
+def on(cluster: Cluster, **options: Any) -> dict[str, Any]:
+    return {"engine": "ray", "ray-address": cluster.address, **options}
+
+
+def tables(run: Path) -> dict[str, Any]:
+    return {name: pq.read_table(run / "round-000" / f"{name}.parquet") for name in ("prompts", "completions")}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[name].equals(other[name]) for name in one)
+
+
+def actors(above: psutil.Process) -> list[psutil.Process]:
+    """The actors of a pipeline under a process, that compute."""
+    return [child for child in above.children(recursive=True) if "MapWorker" in "".join(child.cmdline()[:1])]
+
+
+def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    pytest.fail("it did not happen")
+
+
+def parts(out: Path, stage: str) -> int:
+    return len(list(out.glob(f"round-000/parts/{stage}-*.parquet")))
+
+
+def test_a_cluster_measures_what_one_process_measures(
+    cluster: Cluster, make_policy: Any, reward_folder: Path, many_prompts: Path, tmp_path: Path
+) -> None:
+    policy, reference = make_policy(), make_policy(seed=5)
+    options = {"reference": reference, "likelihood": "relative"}
+    here = command(*audit(policy, reward_folder, many_prompts, tmp_path / "here", **options), cwd=tmp_path)
+    assert ended(here)[0] == 0
+    there = command(
+        *audit(policy, reward_folder, many_prompts, tmp_path / "there", **options, **on(cluster)), cwd=tmp_path
+    )
+    code, out, err = ended(there)
+    assert code == 0, err
+    assert same(tables(tmp_path / "here"), tables(tmp_path / "there"))
+    assert not (tmp_path / "there" / "round-000" / "parts").exists()
+    assert "sampling: 480/480 completions" in err
+    assert "Dataset" not in err
+    timeless = {"seconds", "tokens_per_second"}
+    here_found = json.loads((tmp_path / "here" / "summary.json").read_text())
+    assert {k: v for k, v in json.loads(out).items() if k not in timeless} == pytest.approx(
+        {k: v for k, v in here_found.items() if k not in timeless}
+    )
+
+
+@pytest.mark.parametrize("victim", ["node", "actor", "driver"])
+def test_what_is_killed_in_the_middle_costs_its_batches_only(
+    victim: str, cluster: Cluster, policy_folder: Path, many_prompts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_REWARD)
+    settings = audit(policy_folder, "slow:reward", many_prompts, tmp_path / "there", **on(cluster))
+    doomed = cluster.add_node(num_cpus=1, object_store_memory=STORE)
+    raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
+    running = command(*settings, cwd=tmp_path)
+    until(lambda: parts(tmp_path / "there", "rewards") >= 3)
+    if victim == "driver":
+        os.kill(running.pid, signal.SIGKILL)
+        running.communicate()
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("there/round-000/parts/completions-*")}
+        assert before
+        running = command(*settings, cwd=tmp_path)
+        until(lambda: parts(tmp_path / "there", "rewards") >= 6)
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+    else:
+        busy = until(lambda: actors(raylet))
+        assert parts(tmp_path / "there", "rewards") < parts(tmp_path / "there", "completions")
+        if victim == "node":
+            cluster.remove_node(doomed, allow_graceful=False)
+        else:
+            busy[0].kill()
+    code, _, err = ended(running)
+    assert code == 0, err
+    if victim != "node":
+        cluster.remove_node(doomed)
+    here = command(*audit(policy_folder, "slow:reward", many_prompts, tmp_path / "here"), cwd=tmp_path)
+    assert ended(here)[0] == 0
+    assert same(tables(tmp_path / "here"), tables(tmp_path / "there"))
+
+
+def test_what_a_worker_finds_wrong_is_said_as_here(
+    cluster: Cluster, policy_folder: Path, reward_folder: Path, many_prompts: Path, tmp_path: Path
+) -> None:
+    long = audit(policy_folder, reward_folder, many_prompts, tmp_path / "run", **on(cluster, max_new_tokens=62))
+    code, _, err = ended(command(*long, cwd=tmp_path))
+    assert code == 2
+    assert "no room for 62 new tokens" in err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "bad.py").write_text(
+        "def reward(prompts, completions):\n    return [float('nan')] * len(completions)\n"
+    )
+    code, _, err = ended(
+        command(*audit(policy_folder, "bad:reward", many_prompts, tmp_path / "run", **on(cluster)), cwd=tmp_path)
+    )
+    assert code == 2
+    assert "bad:reward returned nan" in err
+    code, _, err = ended(
+        command(
+            *audit(policy_folder, reward_folder, many_prompts, tmp_path / "run", **on(cluster, worker_gpus=1)),
+            cwd=tmp_path,
+        )
+    )
+    assert code == 2
+    assert "no room for a worker" in err
