@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 TokenIds = tuple[int, ...]
-# Of the tokens that a family's rows have together: to save fewer costs about as much (benchmarks/rewards.py).
+# Of the tokens that a family's rows have together: what fewer would save, a second forward pass costs again.
 _LEAST_SAVED = 1 / 8
 # Rows of one family: what is looked through for the best families grows with it.
 _MOST_ROWS = 64
