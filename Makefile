@@ -38,6 +38,8 @@ docs: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/conflict.py
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/rewards.py
+	$(BIN)/python benchmarks/refine.py
 	$(BIN)/python benchmarks/labelling.py
 
 # The recipe of recipes/smollm2.md: a real model, a reward model trained by TRL, an audit.

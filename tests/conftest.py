@@ -25,7 +25,10 @@ from transformers import (
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
+    MistralForSequenceClassification,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
 )
 
 from postgres import make_postgres_url, postgres_server, postgres_url  # noqa: F401
@@ -84,6 +87,8 @@ CLASSIFIERS: dict[str, Callable[..., torch.nn.Module]] = {
     "gpt_neox": lambda **kw: GPTNeoXForSequenceClassification(
         GPTNeoXConfig(**{**_LLAMA, "num_key_value_heads": 4}, **kw)
     ),
+    "qwen2": lambda **kw: Qwen2ForSequenceClassification(Qwen2Config(**_LLAMA, **kw)),
+    "mistral": lambda **kw: MistralForSequenceClassification(MistralConfig(**_LLAMA, sliding_window=8, **kw)),
     "bert": lambda **kw: BertForSequenceClassification(
         BertConfig(
             vocab_size=90,

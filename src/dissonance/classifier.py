@@ -36,6 +36,7 @@ from dissonance.huggingface import (
     uses_chat_template,
 )
 from dissonance.records import Message
+from dissonance.shared_prefix import Family, can_share, families, keeps_cache, read_families
 
 ROLE = "reward model"
 # RoBERTa's kin count positions from two.
@@ -74,6 +75,9 @@ class Classifier:
         self._index = _output_index(config, self.model.config.num_labels)
         self._pad_id: int | None = self.model.config.get_text_config().pad_token_id
         self._budget = resolve_tokens_per_batch(config, self.device)
+        self._shares = not self._pair and can_share(self.model)
+        self.uncached = {"use_cache": False} if keeps_cache(self.model) else {}
+        """What a forward pass over whole conversations is told: to keep no keys and values, which nobody reads."""
 
     def encode(self, conversations: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[TokenIds]:
         """The token ids of each conversation with its answer, whole."""
@@ -117,18 +121,50 @@ class Classifier:
     def score(self, rows: Sequence[TokenIds]) -> list[float]:
         """The model's output for each row, none longer than `max_length`, whatever the batches.
 
-        Equal rows are scored once, so that rounding cannot break a tie. Leaves the model's mode as it is.
+        Equal rows are scored once, so that rounding cannot break a tie. What rows share at their beginning is read
+        once, where the model allows it. Leaves the model's mode as it is.
         """
-        distinct = sorted(set(rows), key=lambda ids: (len(ids), ids))
+        distinct = set(rows)
+        known = self._score_families(families([*distinct], self._pad_id)) if self._shares else {}
+        alone = sorted(distinct - known.keys(), key=lambda ids: (len(ids), ids))
         values: list[float] = []
-        while len(values) < len(distinct):
+        while len(values) < len(alone):
             start = len(values)
             stop = start + 1
-            while stop < len(distinct) and (stop + 1 - start) * len(distinct[stop]) <= self._budget:
+            while stop < len(alone) and (stop + 1 - start) * len(alone[stop]) <= self._budget:
                 stop += 1
-            values += self._score_batch(distinct[start:stop])
-        known = dict(zip(distinct, values, strict=True))
+            values += self._score_batch(alone[start:stop])
+        known |= zip(alone, values, strict=True)
         return [known[ids] for ids in rows]
+
+    def _score_families(self, some: Sequence[Family]) -> dict[TokenIds, float]:
+        """The outputs for the rows of families; those that the memory or the budget has no room for are left out."""
+        waiting = sorted((f for f in some if f.shared + f.width <= self._budget), key=lambda f: (f.shared, f.rows))
+        known: dict[TokenIds, float] = {}
+        while waiting:
+            stop = 1
+            while stop < len(waiting) and _positions(waiting[: stop + 1]) <= self._budget:
+                stop += 1
+            known |= self._score_some(waiting[:stop])
+            waiting = waiting[stop:]
+        return known
+
+    def _score_some(self, some: Sequence[Family]) -> dict[TokenIds, float]:
+        rows = [row for family in some for row in family.rows]
+        held = max(family.shared for family in some) * len(some)
+        at_once = max(1, (self._budget - held) // max(family.width for family in some))
+        try:
+            with self.one_pad_id(rows):
+                logits = read_families(self.model.to(self.device), some, self.inputs, at_once)
+            return dict(zip(rows, self.outputs(logits).double().tolist(), strict=True))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._budget = max(1, self._budget // 2)
+        if len(some) == 1:
+            return {}
+        middle = len(some) // 2
+        return self._score_some(some[:middle]) | self._score_some(some[middle:])
 
     def _score_batch(self, rows: Sequence[TokenIds]) -> list[float]:
         try:
@@ -146,7 +182,7 @@ class Classifier:
     def _forward(self, rows: Sequence[TokenIds]) -> list[float]:
         with self.one_pad_id(rows):
             inputs = {name: tensor.to(self.device) for name, tensor in self.inputs(rows).items()}
-            logits = self.model.to(self.device)(**inputs).logits
+            logits = self.model.to(self.device)(**inputs, **self.uncached).logits
         values: list[float] = self.outputs(logits).double().tolist()
         return values
 
@@ -194,6 +230,13 @@ class Classifier:
         separators = (ids == self.tokenizer.sep_token_id).long()
         second: torch.Tensor = (separators.cumsum(dim=-1) - separators).clamp(max=1)
         return second * mask
+
+
+def _positions(some: Sequence[Family]) -> int:
+    """Rows x (longest prefix + longest rest) of families that are read together, and their prefixes."""
+    shared = max(family.shared for family in some)
+    rest = max(family.width - family.shared for family in some)
+    return shared * len(some) + (shared + rest) * sum(len(family.rows) for family in some)
 
 
 def check_classifies(config: RewardConfig) -> PreTrainedConfig:

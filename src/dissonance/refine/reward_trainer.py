@@ -112,9 +112,9 @@ class PreferenceTrainer(RewardTrainer):  # type: ignore[misc]  # TRL is untyped
         """The loss of a batch that `collate` made."""
         del num_items_in_batch
         pairs = PairBatch(**{name: inputs[name] for name in COLUMNS})
-        cache = {"use_cache": False} if hasattr(self._objective.classifier.model.config, "use_cache") else {}
-        outputs = model(**{name: value for name, value in inputs.items() if name not in COLUMNS}, **cache)
-        rewards = self._objective.sign * self._objective.classifier.outputs(outputs.logits).float()
+        classifier = self._objective.classifier
+        outputs = model(**{name: value for name, value in inputs.items() if name not in COLUMNS}, **classifier.uncached)
+        rewards = self._objective.sign * classifier.outputs(outputs.logits).float()
         chosen, rejected = rewards.chunk(2)
         loss = reward_loss(chosen, rejected, pairs, self._objective.terms)
         return (loss, outputs) if return_outputs else loss
