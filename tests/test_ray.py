@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -19,11 +18,13 @@ from conftest import WORDS
 from storage import ftp
 
 STORE = 80 << 20
-SLOW_REWARD = """
+REWARDS = """
 import time
-def reward(prompts, completions):
-    time.sleep(0.5)
+def quick(prompts, completions):
     return [float(len(set(c.split()))) for c in completions]
+def slow(prompts, completions):
+    time.sleep(0.5)
+    return quick(prompts, completions)
 """
 
 
@@ -39,7 +40,10 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def many_prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
+    return write_prompts(tmp_path / "prompts.jsonl")
+
+
+def write_prompts(path: Path) -> Path:
     prompts = [f"{WORDS[i % len(WORDS)]} {WORDS[i // len(WORDS)]} {WORDS[(7 * i) % len(WORDS)]}" for i in range(120)]
     path.write_text("".join(json.dumps({"id": f"p{i}", "prompt": text}) + "\n" for i, text in enumerate(prompts)))
     return path
@@ -118,38 +122,61 @@ def test_a_cluster_measures_what_one_process_measures(
     )
 
 
-@pytest.mark.parametrize("victim", ["node", "actor", "driver"])
+@pytest.fixture(scope="module")
+def undisturbed(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with prompts and rewards, and the tables of an audit of theirs in one process."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_prompts(folder / "prompts.jsonl")
+    (folder / "rewards.py").write_text(REWARDS)
+    here = command(*audit(policy_folder, "rewards:quick", folder / "prompts.jsonl", folder / "run"), cwd=folder)
+    assert ended(here)[0] == 0
+    return folder, tables(folder / "run")
+
+
+@pytest.mark.parametrize("victim", ["node", "actor"])
 def test_what_is_killed_in_the_middle_costs_its_batches_only(
-    victim: str, cluster: Cluster, policy_folder: Path, many_prompts: Path, tmp_path: Path
+    victim: str, cluster: Cluster, policy_folder: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    (tmp_path / "slow.py").write_text(SLOW_REWARD)
-    settings = audit(policy_folder, "slow:reward", many_prompts, tmp_path / "there", **on(cluster))
+    folder, expected = undisturbed
     doomed = cluster.add_node(num_cpus=1, object_store_memory=STORE)
     raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
-    running = command(*settings, cwd=tmp_path)
-    until(lambda: parts(tmp_path / "there", "rewards") >= 3)
-    if victim == "driver":
-        os.kill(running.pid, signal.SIGKILL)
-        running.communicate()
-        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("there/round-000/parts/completions-*")}
-        assert before
-        running = command(*settings, cwd=tmp_path)
-        until(lambda: parts(tmp_path / "there", "rewards") >= 6)
-        assert {path: path.stat().st_mtime_ns for path in before} == before
+    out = tmp_path / "run"
+    running = command(*audit(policy_folder, "rewards:slow", folder / "prompts.jsonl", out, **on(cluster)), cwd=folder)
+    until(lambda: parts(out, "rewards"))
+    busy = until(lambda: actors(raylet))
+    assert parts(out, "rewards") < parts(out, "completions")
+    if victim == "node":
+        cluster.remove_node(doomed, allow_graceful=False)
     else:
-        busy = until(lambda: actors(raylet))
-        assert parts(tmp_path / "there", "rewards") < parts(tmp_path / "there", "completions")
-        if victim == "node":
-            cluster.remove_node(doomed, allow_graceful=False)
-        else:
-            busy[0].kill()
+        busy[0].kill()
     code, _, err = ended(running)
     assert code == 0, err
     if victim != "node":
         cluster.remove_node(doomed)
-    here = command(*audit(policy_folder, "slow:reward", many_prompts, tmp_path / "here"), cwd=tmp_path)
-    assert ended(here)[0] == 0
-    assert same(tables(tmp_path / "here"), tables(tmp_path / "there"))
+    assert same(expected, tables(out))
+
+
+def test_a_killed_run_goes_on_and_names_a_part_that_cannot_be_read(
+    cluster: Cluster, policy_folder: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, expected = undisturbed
+    out = tmp_path / "run"
+    settings = audit(policy_folder, "rewards:slow", folder / "prompts.jsonl", out, **on(cluster))
+    running = command(*settings, cwd=folder)
+    until(lambda: parts(out, "rewards") >= 2)
+    running.kill()
+    running.communicate()
+    sampled = {path: path.stat().st_mtime_ns for path in out.glob("round-000/parts/completions-*")}
+    damaged = sorted(out.glob("round-000/parts/rewards-*"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    code, _, err = ended(command(*settings, cwd=folder))
+    assert code == 2
+    assert damaged.name in err
+    assert {path: path.stat().st_mtime_ns for path in sampled} == sampled
+    damaged.unlink()
+    code, _, err = ended(command(*settings, cwd=folder))
+    assert code == 0, err
+    assert same(expected, tables(out))
 
 
 def test_what_a_worker_finds_wrong_is_said_as_here(
@@ -179,45 +206,31 @@ def test_what_a_worker_finds_wrong_is_said_as_here(
 
 
 def test_nodes_that_share_no_disk_leave_their_parts_in_a_storage(
-    cluster: Cluster, policy_folder: Path, reward_folder: Path, many_prompts: Path, tmp_path: Path
+    cluster: Cluster, policy_folder: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
+    folder, expected = undisturbed
     (tmp_path / "served").mkdir()
     with ftp(tmp_path / "served") as address:
         options = on(cluster, storage=f"{address}/audits")
-        there = audit(policy_folder, reward_folder, many_prompts, tmp_path / "run", **options)
-        code, _, err = ended(command(*there, cwd=tmp_path))
+        settings = audit(policy_folder, "rewards:slow", folder / "prompts.jsonl", tmp_path / "run", **options)
+        running = command(*settings, cwd=folder)
+        stored = until(lambda: list((tmp_path / "served" / "audits").glob("*/round-000/rewards-*")))
+        code, _, err = ended(running)
         assert code == 0, err
+    assert stored
     assert not list((tmp_path / "served").rglob("*.parquet"))
-    here = audit(policy_folder, reward_folder, many_prompts, tmp_path / "here")
-    assert ended(command(*here, cwd=tmp_path))[0] == 0
-    assert same(tables(tmp_path / "here"), tables(tmp_path / "run"))
-
-
-def test_a_part_that_cannot_be_read_is_named(
-    cluster: Cluster, policy_folder: Path, many_prompts: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "slow.py").write_text(SLOW_REWARD)
-    settings = audit(policy_folder, "slow:reward", many_prompts, tmp_path / "run", **on(cluster))
-    running = command(*settings, cwd=tmp_path)
-    until(lambda: parts(tmp_path / "run", "rewards") >= 2)
-    running.kill()
-    running.communicate()
-    damaged = sorted(tmp_path.glob("run/round-000/parts/rewards-*"))[0]
-    damaged.write_bytes(damaged.read_bytes()[:-20])
-    code, _, err = ended(command(*settings, cwd=tmp_path))
-    assert code == 2
-    assert damaged.name in err
-    damaged.unlink()
-    code, _, err = ended(command(*settings, cwd=tmp_path))
-    assert code == 0, err
-    assert tables(tmp_path / "run")["completions"].num_rows == 480
+    assert same(expected, tables(tmp_path / "run"))
 
 
 def test_a_benchmark_spreads_its_cells(cluster: Cluster, tmp_path: Path) -> None:
     tiny = Path(__file__).parent.parent / "benchmarks" / "label_efficiency_tiny.yaml"
+    less = ["tasks=[helpfulness]", "seeds.confirmation=[0]", "worlds={even: {n_demonstrations: 200, n_pairs: 200}}"]
+    less += ["strategies={random_pairs: {}, likelihood_gap: {}}"]
     found = {}
     for name, options in {"here": [], "there": ["--engine", "ray", "--ray-address", cluster.address]}.items():
-        code, out, err = ended(command("bench", tiny, "--out", tmp_path / name, "--json", *options, cwd=tmp_path))
+        changes = [word for change in less for word in ("--set", change)]
+        running = command("bench", tiny, "--out", tmp_path / name, "--json", *changes, *options, cwd=tmp_path)
+        code, out, err = ended(running)
         assert code == 0, err
         found[name] = json.loads(out)
     assert found["there"]["cells"] == found["here"]["cells"]

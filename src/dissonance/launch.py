@@ -14,7 +14,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from pydantic import TypeAdapter
 from dissonance import errors
 from dissonance.artifacts import read_json, write_json
 from dissonance.config import PolicyConfig, PolicyTraining, RewardConfig, Tracker
+from dissonance.engine.processes import end_with_input
 from dissonance.errors import DissonanceError, SettingsError
 from dissonance.progress import Advance, ProgressFactory, quiet
 from dissonance.records import Completion, Preference, Prompt
@@ -185,7 +185,7 @@ def work(folder: Path) -> int:
 
     from dissonance.huggingface import resolve_device
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_input()
     request = _JSON.validate_json((folder / "request.json").read_bytes())
     # First of all, so that every model is loaded onto the process's own device.
     wait = timedelta(seconds=request.training.trl_arguments.get("ddp_timeout", _WAIT))
@@ -236,13 +236,6 @@ def _to(steps: Path) -> ProgressFactory:
             yield advance
 
     return progress
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock Python wants when it ends
-        pass
-    os.write(2, b"dissonance: standard input has ended, and with it the run that this process belongs to\n")
-    os._exit(1)
 
 
 if __name__ == "__main__":

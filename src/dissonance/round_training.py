@@ -204,7 +204,9 @@ def refine_policy_of_round(
     start, reward = _ends_with(run, number, config)
     folder = run.round(number)
     completions = None if training.method in ONLINE else _completions(folder)
-    request = Request(training, start, reward, prompts, folder / POLICY, seed, pairs.gold, completions, config.trackers)
+    request = Request(
+        training, start, reward, list(prompts), folder / POLICY, seed, pairs.gold, completions, config.trackers
+    )
     return launch(training.launcher, request, progress) if training.launcher else train(request, progress)
 
 

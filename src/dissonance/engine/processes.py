@@ -1,4 +1,4 @@
-"""Processes of this machine for many small trainings: one for each core, with one thread each."""
+"""Processes of this machine: one for each core, with one thread each, for many small trainings; and how they end."""
 
 import gc
 import importlib
@@ -59,4 +59,16 @@ def _end_with(parent: int) -> None:
     """End this process when the one that started it is gone; without it, nothing would tell."""
     while os.getppid() == parent:
         time.sleep(_LOOK_EVERY)
+    os._exit(1)
+
+
+def end_with_input() -> None:
+    """End this process when its standard input does: whoever started it holds the other end of a pipe."""
+    threading.Thread(target=_end_after_input, daemon=True).start()
+
+
+def _end_after_input() -> None:
+    while os.read(0, 1):  # not sys.stdin, whose lock Python wants when it ends
+        pass
+    os.write(2, b"dissonance: standard input has ended, and with it the run that this process belongs to\n")
     os._exit(1)

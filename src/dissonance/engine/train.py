@@ -8,9 +8,10 @@ import argparse
 import os
 import runpy
 import sys
-import threading
+import tempfile
 from typing import Any
 
+from dissonance.engine.processes import end_with_input
 from dissonance.engine.ray import connect
 from dissonance.errors import SettingsError
 
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--ray-address", default=os.environ.get("RAY_ADDRESS"), help="of a running cluster")
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, required=True, help="the module, its arguments")
     arguments = parser.parse_args()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_input()
     try:
         connect(arguments.ray_address)
         _train(arguments)
@@ -37,11 +38,15 @@ def _train(arguments: argparse.Namespace) -> None:
     from ray.train.torch import TorchTrainer
 
     resources = {"CPU": arguments.cpus, **({"GPU": arguments.gpus} if arguments.gpus else {})}
-    scaling = ScalingConfig(arguments.workers, use_gpu=arguments.gpus > 0, resources_per_worker=resources)
+    scaling = ScalingConfig(num_workers=arguments.workers, use_gpu=arguments.gpus > 0, resources_per_worker=resources)
     module, *its = arguments.module
-    TorchTrainer(
-        _work, train_loop_config={"module": module, "arguments": its}, scaling_config=scaling, run_config=RunConfig()
-    ).fit()
+    with tempfile.TemporaryDirectory(prefix="dissonance-") as notes:  # Ray Train's own; ours are in the run folder
+        TorchTrainer(
+            _work,
+            train_loop_config={"module": module, "arguments": its},
+            scaling_config=scaling,
+            run_config=RunConfig(storage_path=notes),
+        ).fit()
 
 
 def _work(config: dict[str, Any]) -> None:
@@ -55,12 +60,6 @@ def _work(config: dict[str, Any]) -> None:
     except SystemExit as ended:
         if ended.code:
             raise RuntimeError(f"{config['module']} ended with {ended.code}") from ended
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
 
 
 if __name__ == "__main__":
