@@ -6,7 +6,14 @@ same ids that end it.
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dissonance.config import PolicyConfig
 from dissonance.errors import ModelError
@@ -60,8 +67,12 @@ def load_language_model(config: PolicyConfig, role: str) -> PreTrainedModel:
     return model.eval()
 
 
-def check_generates(config: PolicyConfig, role: str) -> None:
-    """Raise ModelError if what is named is a classifier; reads no weights."""
+def check_generates(config: PolicyConfig, role: str) -> PreTrainedConfig:
+    """A causal LM's configuration; reads no weights.
+
+    Raises:
+        ModelError: what is named is a classifier.
+    """
     name, _ = base_and_adapter(config, role)
     source = resolve_source(name, role)
     with loading(role, config.model):
@@ -69,6 +80,16 @@ def check_generates(config: PolicyConfig, role: str) -> None:
     architecture = (known.architectures or [""])[0]
     if architecture.endswith("ForSequenceClassification"):
         raise ModelError(f"{role}: {name} is a classifier ({architecture}), not a causal LM")
+    return known
+
+
+def generation_config(config: PolicyConfig, known: PreTrainedConfig, role: str) -> GenerationConfig:
+    """What the loaded model's would be: the one that comes with the model, else what its configuration says."""
+    source = resolve_source(base_and_adapter(config, role)[0], role)
+    try:
+        return GenerationConfig.from_pretrained(source.name)
+    except OSError:
+        return GenerationConfig.from_model_config(known)
 
 
 def load_base(config: PolicyConfig, role: str) -> PreTrainedModel:
@@ -95,13 +116,13 @@ def check_adapter(adapter: str | Path, role: str) -> None:
         raise ModelError(f"{role}: {adapter} is an adapter for {task}, not for a causal LM")
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What ends a completion: the generation config's ids and the tokenizer's.
 
     Raises:
         ModelError: there are none.
     """
-    configured = model.generation_config.eos_token_id
+    configured = generation.eos_token_id
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
     known = sorted(i for i in ids if i is not None)
     if not known:

@@ -33,6 +33,7 @@ from dissonance.records import Prompt
 from dissonance.report import write_report
 from dissonance.round_ledger import stage_name
 from dissonance.scored import ScoredLikelihood, measure_scored
+from dissonance.sections import deciding
 from dissonance.selection import Strategy, parse_threshold, pool_from_tables, queries_table
 from dissonance.selection import select as select_queries
 from dissonance.stages import (
@@ -93,10 +94,10 @@ def prepare(config: AuditConfig, prompts: tuple[Prompt, ...]) -> Prepared:
         InputError: a model or a prompt cannot be used.
     """
     # PyTorch and Transformers are loaded here, so that measuring and selecting need not wait for them.
-    from dissonance.sampling import HFPolicy, HFReference
+    from dissonance.sampling import HFReference, load_policy
 
     check_reward_model(config.reward_model, prompts[0])
-    policy = HFPolicy(config.policy, config.seed)
+    policy = load_policy(config.policy, config.seed)
     reference = None if config.policy.reference is None else HFReference(config.policy, config.policy.reference)
     return Prepared(prompts, plan_batches(policy, prompts), policy, reference)
 
@@ -193,11 +194,12 @@ def check_reward_model(config: RewardConfig, prompt: Prompt) -> None:
 
 
 def audit_settings(config: AuditConfig) -> dict[str, Any]:
-    """The settings as `run.json` holds them, with what `auto` stands for here."""
+    """The settings as `run.json` holds them, with what `auto` stands for here; of servers, that there are some."""
     from dissonance.huggingface import resolved
 
     reward = {} if ":" in config.reward_model.model else {"reward_model": resolved(config.reward_model)}
-    return {**config.model_dump(mode="json"), "resolved": {"policy": resolved(config.policy), **reward}}
+    settings = deciding(config.model_dump(mode="json"))
+    return {**settings, "resolved": {"policy": resolved(config.policy), **reward}}
 
 
 def audit_inputs(config: AuditConfig, loaded: LoadedPrompts) -> dict[str, str]:

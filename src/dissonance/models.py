@@ -1,11 +1,11 @@
 """The protocols in front of every model; nothing heavy is imported here.
 
 A policy samples, a reward model scores, a reference model gives likelihoods. The shipped implementations are in
-`dissonance.sampling.hf`, `dissonance.rewards.hf` and `dissonance.rewards.function`.
+`dissonance.sampling` and `dissonance.rewards`.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from dissonance.records import AnnotatorKind, Answer, Completion, Message, Prompt, Question, Reward
 
@@ -42,6 +42,20 @@ class RewardModel(Protocol):
 
     def score(self, conversations: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[Reward]:
         """One reward per pair conversations[i], completions[i]."""
+        ...
+
+
+@runtime_checkable
+class Concurrent(Protocol):
+    """What a policy or a reward model may be besides: able to take several batches at once, from as many threads."""
+
+    @property
+    def concurrency(self) -> int:
+        """How many batches keep it busy, over the end of each."""
+        ...
+
+    def cancel(self) -> None:
+        """End the calls that are in progress, soon and with an error: the work is given up."""
         ...
 
 

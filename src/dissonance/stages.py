@@ -6,6 +6,7 @@ prompts bound the memory: a window is planned, sampled, scored and written witho
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dissonance.conflict import Conflicts, ConflictSummary, ConflictTally, confl
 from dissonance.errors import DissonanceError, RunError
 from dissonance.likelihood import Likelihood, loglikelihood
 from dissonance.models import Policy, ReferenceModel, RewardModel
+from dissonance.overlap import overlapped
 from dissonance.progress import ProgressFactory
 from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, Completion, Prompt, messages_column
 
@@ -71,7 +73,7 @@ def sample_completions(
             raise DissonanceError(f"the policy gave {len(completions)} completions for {len(batch.prompts)} prompts")
         return _completions_table(completions)
 
-    _each_batch(folder, "completions", batches, n, compute, progress, label="sampling")
+    _each_batch(folder, "completions", policy, batches, n, compute, progress, label="sampling")
 
 
 def score_completions(
@@ -88,7 +90,7 @@ def score_completions(
         columns = {"reward": [r.value for r in rewards], "reward_truncated": [r.truncated for r in rewards]}
         return pa.table(_keys(batch, n) | columns, schema=_REWARDS)
 
-    _each_batch(folder, "rewards", batches, n, compute, progress, label="scoring")
+    _each_batch(folder, "rewards", reward_model, batches, n, compute, progress, label="scoring")
 
 
 def score_reference(
@@ -103,7 +105,7 @@ def score_reference(
         flat = [value for group in sums for value in group]
         return pa.table(_keys(batch, n) | {"ref_logprob": flat}, schema=_REFERENCE)
 
-    _each_batch(folder, "reference", batches, n, compute, progress, label="reference model")
+    _each_batch(folder, "reference", reference, batches, n, compute, progress, label="reference model")
 
 
 def _parts(folder: Path) -> Parts:
@@ -130,20 +132,24 @@ def _read(folder: Path, stage: str, batch: Batch, n: int) -> pa.Table:
 def _each_batch(
     folder: Path,
     stage: str,
+    model: object,
     batches: Sequence[Batch],
     n: int,
     compute: Callable[[Batch], pa.Table],
     progress: ProgressFactory,
+    *,
     label: str,
 ) -> None:
     parts = _parts(folder)
     waiting = [b for b in batches if not parts.path(stage, b.window, b.number).exists()]
     total = sum(len(b.prompts) for b in waiting) * n
-    with progress(label, total, "completions") as advance:
-        for batch in waiting:
-            start = time.perf_counter()
-            table = compute(batch)
-            parts.write(stage, batch.window, batch.number, table, time.perf_counter() - start)
+    with progress(label, total, "completions") as advance, closing(overlapped(model, waiting, compute)) as computed:
+        start = time.perf_counter()
+        for batch, table in computed:
+            # Since the batch that came before: batches that were computed at once share the seconds.
+            now = time.perf_counter()
+            parts.write(stage, batch.window, batch.number, table, now - start)
+            start = now
             advance(n * len(batch.prompts))
 
 

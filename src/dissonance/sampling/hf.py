@@ -1,10 +1,9 @@
 """A Hugging Face causal LM as a policy, and as a reference model."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from dissonance.config import PolicyConfig
-from dissonance.errors import DataError, DissonanceError, ModelError
+from dissonance.errors import DissonanceError, ModelError
 from dissonance.huggingface import (
     free_memory,
     is_out_of_memory,
@@ -14,6 +13,7 @@ from dissonance.huggingface import (
 )
 from dissonance.language_model import PromptEncoder, end_ids, load_language_model
 from dissonance.records import Completion, FinishReason, Prompt
+from dissonance.sampling.common import check_room, one_likelihood
 from dissonance.sampling.decode import Drawn, decode, teacher_force
 from dissonance.sampling.draw import stack_uniforms
 
@@ -33,7 +33,7 @@ class HFPolicy:
         self._budget = resolve_tokens_per_batch(config, self._device)
         self._encode = PromptEncoder(config)
         self._model = load_language_model(config, "policy").to(self._device)
-        self._eos_ids = end_ids(self._model, self._encode.tokenizer)
+        self._eos_ids = end_ids(self._model.generation_config, self._encode.tokenizer)
         self._row_limit: int | None = None
 
     def plan(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
@@ -43,7 +43,8 @@ class HFPolicy:
             DataError: a prompt leaves no room for max_new_tokens in the policy's context.
         """
         lengths = {prompt.prompt_id: len(self._encode(prompt)) for prompt in prompts}
-        self._check_room(lengths)
+        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        check_room(lengths, self._config.max_new_tokens, context)
         batches: list[list[Prompt]] = []
         for prompt in sorted(prompts, key=lambda p: -lengths[p.prompt_id]):
             # Longest first: a batch's first prompt bounds its width, and memory runs out early or not at all.
@@ -56,27 +57,13 @@ class HFPolicy:
     def _rows_cost(self, prompts: int, longest: int) -> int:
         return prompts * self._config.n * (longest + self._config.max_new_tokens)
 
-    def _check_room(self, lengths: dict[str, int]) -> None:
-        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        new = self._config.max_new_tokens
-        too_long = [name for name, length in lengths.items() if context and length + new > context]
-        if too_long:
-            raise DataError(
-                f"{len(too_long)} prompts leave no room for {new} new tokens in the policy's {context} positions "
-                f"(the first, {too_long[0]!r}, has {lengths[too_long[0]]} tokens): shorten them or lower max_new_tokens"
-            )
-
     def sample(self, batch: Sequence[Prompt]) -> list[Completion]:
         """All completions of a batch, ordered by prompt and completion_id.
 
         Out of memory halves the batch, and remembers the size that fitted. Equal token ids in a prompt get the same
         log-likelihood: rounding must not break a tie.
         """
-        completions = self._sample(list(batch), range(self._config.n))
-        first: dict[tuple[str, tuple[int, ...]], float] = {}
-        for c in completions:
-            first.setdefault((c.prompt_id, c.token_ids), c.logprob)
-        return [replace(c, logprob=first[c.prompt_id, c.token_ids]) for c in completions]
+        return one_likelihood(self._sample(list(batch), range(self._config.n)))
 
     def _sample(self, batch: list[Prompt], completion_ids: range) -> list[Completion]:
         rows = len(batch) * len(completion_ids)
