@@ -56,7 +56,7 @@ class Remote:
         self._client = httpx2.AsyncClient(
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             timeout=httpx2.Timeout(config.timeout, connect=min(_CONNECT_SECONDS, config.timeout), pool=None),
-            limits=httpx2.Limits(max_connections=config.requests, max_keepalive_connections=config.requests),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=config.requests),
         )
         self._slots = asyncio.Semaphore(config.requests)
         self._failing_since: float | None = None
