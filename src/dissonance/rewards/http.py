@@ -194,6 +194,7 @@ class GetRewardModel(_Served):
         for value, text in zip(values, texts, strict=True):
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise DataError(f"{ROLE}: the server gave {value!r} for {text[:60]!r}: rewards must be finite numbers")
-        said = (reply.get("extra_logs") or {}).get("reward_truncated")
+        logs = reply.get("extra_logs")
+        said = logs.get("reward_truncated") if isinstance(logs, dict) else None
         cut = said if isinstance(said, list) and len(said) == len(values) else [0.0] * len(values)
         return [Reward(self._sign * value, bool(was)) for value, was in zip(values, cut, strict=True)]
