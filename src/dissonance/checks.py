@@ -134,7 +134,8 @@ def _place(section: ModelConfig, name: str) -> str:
     if not Path(source.name).expanduser().is_dir():
         return "hub"
     if isinstance(section, RewardConfig):
-        check_classifies(section)
+        if section.server is None or section.server.protocol != "openrlhf":  # which needs its tokenizer alone
+            check_classifies(section)
     elif isinstance(section, PolicyConfig):
         check_generates(section, name)
     return "file" if source.kwargs else "folder"

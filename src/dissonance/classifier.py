@@ -14,44 +14,27 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from dissonance.config import RewardConfig
+from dissonance.conversation_encoder import ROLE, ConversationEncoder, TokenIds
 from dissonance.errors import DissonanceError, ModelError
 from dissonance.huggingface import (
-    PLAIN_TEMPLATE,
     Source,
     base_and_adapter,
     is_out_of_memory,
-    join_answer,
-    load_tokenizer,
     loading,
-    render_chat,
-    render_plain,
     resolve_device,
     resolve_dtype,
     resolve_source,
     resolve_tokens_per_batch,
-    uses_chat_template,
 )
-from dissonance.records import Message
 from dissonance.shared_prefix import Family, can_share, families, keeps_cache, read_families
 
-ROLE = "reward model"
-# RoBERTa's kin count positions from two.
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"}
-# Tokenizers without a limit of their own say 10^30.
-_NO_LIMIT = 10**9
 
-TokenIds = tuple[int, ...]
-
-
-class Classifier:
+class Classifier(ConversationEncoder):
     """A sequence classifier with one output, or the output that `index` names; scores are as the model gives them.
 
-    A conversation goes through the model's own tokenizer: its chat template when it has one; else, for encoders, prompt
-    and answer as a pair; else the plain template, the answer, and the end-of-sequence token, as TRL trains it.
     Batches are padded on the right whatever the tokenizer's side, so that every position is counted from the start.
 
     Args:
@@ -63,60 +46,15 @@ class Classifier:
     """
 
     def __init__(self, config: RewardConfig, model: PreTrainedModel | None = None) -> None:
-        self._config = config
         self.device = resolve_device(config.device)
         self.model = load_classifier(config) if model is None else model
-        self.tokenizer = load_tokenizer(config, ROLE)
-        self._chat = uses_chat_template(config, self.tokenizer, ROLE)
-        self._pair = config.template == "pair" or (
-            config.template == "auto" and not self._chat and self.tokenizer.sep_token is not None
-        )
-        self.max_length = _max_length(config, self.model, self.tokenizer)
-        self._index = _output_index(config, self.model.config.num_labels)
+        super().__init__(config, self.model.config)
+        self._index = output_index(config, self.model.config.num_labels)
         self._pad_id: int | None = self.model.config.get_text_config().pad_token_id
         self._budget = resolve_tokens_per_batch(config, self.device)
         self._shares = not self._pair and can_share(self.model)
         self.uncached = {"use_cache": False} if keeps_cache(self.model) else {}
         """What a forward pass over whole conversations is told: to keep no keys and values, which nobody reads."""
-
-    def encode(self, conversations: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[TokenIds]:
-        """The token ids of each conversation with its answer, whole."""
-        both = list(zip(conversations, completions, strict=True))
-        if self._chat:
-            turns = [[*messages, Message("assistant", text)] for messages, text in both]
-            texts = [render_chat(self.tokenizer, turn, add_generation_prompt=False) for turn in turns]
-            return self._tokenize(texts, special=False)
-        if self._pair:
-            return self._tokenize([(render_plain(messages, "{prompt}"), text) for messages, text in both], special=True)
-        template = PLAIN_TEMPLATE if self._config.template == "auto" else self._config.template
-        end = self.tokenizer.eos_token or ""
-        texts = [join_answer(render_plain(messages, template), text) + end for messages, text in both]
-        # One that begins with the tokens that the tokenizer would add is not given them twice.
-        bos = self.tokenizer.bos_token
-        if bos is None or not any(text.startswith(bos) for text in texts):
-            return self._tokenize(texts, special=True)
-        return [self._tokenize([text], special=not text.startswith(bos))[0] for text in texts]
-
-    def _tokenize(self, texts: Sequence[str | tuple[str, str]], *, special: bool) -> list[TokenIds]:
-        if not texts:
-            return []
-        # Not verbose: what is too long is cut, or left out and counted, by whoever asked.
-        encoded = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
-        return [tuple(ids) for ids in encoded]
-
-    def cut(self, ids: TokenIds) -> TokenIds:
-        """Drop the start of what is too long: the answer, and the token that a causal head reads, are at the end.
-
-        The first token stays where it is special: encoders read it. So does a pair's separator.
-        """
-        excess = len(ids) - self.max_length
-        if excess <= 0:
-            return ids
-        special = {self.tokenizer.cls_token_id, self.tokenizer.bos_token_id}
-        kept = ids[: 1 if ids[0] in special else 0]
-        if self._pair and self.tokenizer.sep_token_id in ids[: len(kept) + excess]:
-            kept += (self.tokenizer.sep_token_id,)
-        return kept + ids[excess + len(kept) :]
 
     def score(self, rows: Sequence[TokenIds]) -> list[float]:
         """The model's output for each row, none longer than `max_length`, whatever the batches.
@@ -200,7 +138,7 @@ class Classifier:
         lengths = torch.tensor([len(row) for row in rows])
         mask = (torch.arange(longest) < lengths.unsqueeze(-1)).long()
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if self._pair and "token_type_ids" in self.tokenizer.model_input_names:
+        if self.marks_segments:
             inputs["token_type_ids"] = self._segments(ids, mask)
         return inputs
 
@@ -273,7 +211,7 @@ def load_classifier(config: RewardConfig, *, trainable: bool = False, merge: boo
     source = resolve_source(base, ROLE)
     with loading(ROLE, config.model):
         known = check_classifies(config)
-        _output_index(config, 1 if adapter is not None else known.num_labels)
+        output_index(config, 1 if adapter is not None else known.num_labels)
         heads = {"num_labels": 1} if adapter is not None and known.num_labels != 1 else {}
         model, missing = _from_pretrained(config, source, heads)
         _keep_head_exact(model)  # before an adapter brings its own head, which would be rounded
@@ -346,18 +284,10 @@ def _adapter_covers(adapter: Path, missing: Iterable[str]) -> set[str]:
     return {name for name in missing if any(key.endswith(name) for key in saved)}
 
 
-def _output_index(config: RewardConfig, outputs: int) -> int:
+def output_index(config: RewardConfig, outputs: int) -> int:
+    """Which of a model's outputs is the reward; a ModelError where that is not said, or there is no such output."""
     if config.index is None and outputs != 1:
         raise ModelError(f"{ROLE}: {config.model} has {outputs} outputs: name the one to use with --reward-index")
     if config.index is not None and config.index >= outputs:
         raise ModelError(f"{ROLE}: --reward-index {config.index}: {config.model} has outputs 0 to {outputs - 1}")
     return config.index or 0
-
-
-def _max_length(config: RewardConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    known = model.config.get_text_config()
-    positions = getattr(known, "max_position_embeddings", None) or _NO_LIMIT
-    own = int(min(positions, tokenizer.model_max_length, _NO_LIMIT))
-    if known.model_type in _OFFSET_POSITIONS:
-        own -= 2
-    return min(config.max_length or own, own)

@@ -1,12 +1,14 @@
 """What a run is told: one small frozen section per stage; unknown keys are errors."""
 
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dissonance.errors import SettingsError
 from dissonance.likelihood import Likelihood
+from dissonance.sections import Section, ServerConfig
 
 RewardKind = Literal["reward", "cost"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
@@ -14,12 +16,6 @@ PolicyMethod = Literal["rloo", "grpo", "dpo", "rso", "best_of_n"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DEFAULT_STRATEGY = "likelihood_gap"
 """What people are asked about if nothing else is said: the best of those tried on development worlds."""
-
-
-class Section(BaseModel):
-    """A frozen part of the settings; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PromptsConfig(Section):
@@ -54,8 +50,14 @@ class ModelConfig(Section):
     tokens_per_batch: int | None = Field(None, ge=1)
     """Bound on rows x (prompt + new tokens) in one batch; by default 8,192 on a CPU and 131,072 on a GPU."""
     trust_remote_code: bool = False
+    server: ServerConfig | None = None
+    """Serves this very model; tokenizer and template are still read from `model`. None runs it in this process."""
 
     named_templates: ClassVar[tuple[str, ...]] = ("auto", "chat")
+
+    def trained(self, folder: Path) -> Self:
+        """What was trained from this, in a folder: a server would go on with the old weights."""
+        return self.model_copy(update={"model": str(folder), "adapter": None, "server": None})
 
     @model_validator(mode="after")
     def _template_names_the_prompt(self) -> Self:
@@ -88,6 +90,12 @@ class RewardConfig(ModelConfig):
     """Which output is the reward, when there are several."""
     max_length: int | None = Field(None, ge=2)
     """Tokens of a conversation that the model reads; by default as many as it can."""
+
+    @model_validator(mode="after")
+    def _callables_run_here(self) -> Self:
+        if self.server is not None and ":" in self.model:
+            raise ValueError(f"server: {self.model} is a callable, which runs here: leave the server out")
+        return self
 
 
 class EvaluationConfig(Section):

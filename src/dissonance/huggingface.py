@@ -91,7 +91,12 @@ def resolve_tokens_per_batch(config: ModelConfig, device: torch.device) -> int:
 
 
 def resolved(config: ModelConfig) -> dict[str, Any]:
-    """What `auto` means on this machine, for the ledger: results in float32 and in bfloat16 are not the same run."""
+    """What `auto` means on this machine, for the ledger: results in float32 and in bfloat16 are not the same run.
+
+    Of a model behind a server, nothing: it does not run here.
+    """
+    if config.server is not None:
+        return {}
     device = resolve_device(config.device)
     dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
     return {"device": device.type, "dtype": dtype, "tokens_per_batch": resolve_tokens_per_batch(config, device)}

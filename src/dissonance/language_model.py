@@ -6,7 +6,14 @@ same ids that end it.
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dissonance.config import PolicyConfig
 from dissonance.errors import ModelError
@@ -60,24 +67,29 @@ def load_language_model(config: PolicyConfig, role: str) -> PreTrainedModel:
     return model.eval()
 
 
-def load_configuration(config: PolicyConfig, role: str) -> PreTrainedConfig:
-    """A model's configuration, without its weights.
+def check_generates(config: PolicyConfig, role: str) -> PreTrainedConfig:
+    """A causal LM's configuration; reads no weights.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: what is named is a classifier.
     """
     name, _ = base_and_adapter(config, role)
     source = resolve_source(name, role)
     with loading(role, config.model):
-        return AutoConfig.from_pretrained(source.name, trust_remote_code=config.trust_remote_code, **source.kwargs)
-
-
-def check_generates(config: PolicyConfig, role: str) -> None:
-    """Raise ModelError if what is named is a classifier; reads no weights."""
-    name, _ = base_and_adapter(config, role)
-    architecture = (load_configuration(config, role).architectures or [""])[0]
+        known = AutoConfig.from_pretrained(source.name, trust_remote_code=config.trust_remote_code, **source.kwargs)
+    architecture = (known.architectures or [""])[0]
     if architecture.endswith("ForSequenceClassification"):
         raise ModelError(f"{role}: {name} is a classifier ({architecture}), not a causal LM")
+    return known
+
+
+def generation_config(config: PolicyConfig, known: PreTrainedConfig, role: str) -> GenerationConfig:
+    """What the loaded model's would be: the one that comes with the model, else what its configuration says."""
+    source = resolve_source(base_and_adapter(config, role)[0], role)
+    try:
+        return GenerationConfig.from_pretrained(source.name)
+    except OSError:
+        return GenerationConfig.from_model_config(known)
 
 
 def load_base(config: PolicyConfig, role: str) -> PreTrainedModel:
@@ -104,13 +116,13 @@ def check_adapter(adapter: str | Path, role: str) -> None:
         raise ModelError(f"{role}: {adapter} is an adapter for {task}, not for a causal LM")
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What ends a completion: the generation config's ids and the tokenizer's.
 
     Raises:
         ModelError: there are none.
     """
-    configured = model.generation_config.eos_token_id
+    configured = generation.eos_token_id
     ids = {*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id}
     known = sorted(i for i in ids if i is not None)
     if not known:

@@ -59,6 +59,7 @@ from dissonance.round_training import (
     refine_reward_of_round,
     reward_training_inputs,
 )
+from dissonance.sections import without_servers
 
 _TIMES = ("seconds", "tokens_per_second")
 
@@ -311,6 +312,7 @@ def _second_half(
         if command == "evaluate" and refined is None:
             raise RunError(f"{run} was not refined yet: run `dissonance refine {run}` first")
         settings = {name: value for name, value in ledger["settings"].items() if name != "resolved"}
+        settings = without_servers(settings)  # what is trained is here anyway
         earlier = refined["sections"] if refined is not None and command == "evaluate" else {}
         config = parse_section(RefiningConfig, {**settings, **earlier, **sections})
         check_refining(config)

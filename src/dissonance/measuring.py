@@ -32,6 +32,7 @@ from dissonance.prompts import LoadedPrompts, load_prompts, prompts_fingerprint
 from dissonance.report import write_report
 from dissonance.round_ledger import stage_name
 from dissonance.scored import ScoredLikelihood, measure_scored
+from dissonance.sections import deciding
 from dissonance.selection import Strategy, parse_threshold, pool_from_tables, queries_table
 from dissonance.selection import select as select_queries
 from dissonance.stages import conflict_keys, round_length_correlation
@@ -139,9 +140,13 @@ def _finished(out: Path, command: str, settings: Mapping[str, Any], inputs: Mapp
 
 
 def audit_settings(config: AuditConfig, engine: Engine = LOCAL) -> dict[str, Any]:
-    """The settings as `run.json` holds them, with what `auto` stands for where the models run."""
+    """The settings as `run.json` holds them, with what `auto` stands for where the models run.
+
+    Of a server it says that there is one, and not where.
+    """
     reward = {} if ":" in config.reward_model.model else {"reward_model": engine.resolved(config.reward_model)}
-    return {**config.model_dump(mode="json"), "resolved": {"policy": engine.resolved(config.policy), **reward}}
+    settings = deciding(config.model_dump(mode="json"))
+    return {**settings, "resolved": {"policy": engine.resolved(config.policy), **reward}}
 
 
 def audit_inputs(config: AuditConfig, loaded: LoadedPrompts) -> dict[str, str]:

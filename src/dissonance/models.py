@@ -1,12 +1,12 @@
 """The protocols in front of every model; nothing heavy is imported here.
 
 A policy samples, a reward model scores, a reference model gives likelihoods. The shipped implementations are in
-`dissonance.sampling.hf`, `dissonance.rewards.hf` and `dissonance.rewards.function`.
+`dissonance.sampling` and `dissonance.rewards`.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dissonance.config import AuditConfig, ModelConfig
 from dissonance.progress import ProgressFactory
@@ -73,6 +73,20 @@ class PreparedRound(Protocol):
 
     def measure(self, folder: Path, progress: ProgressFactory) -> dict[str, Any]:
         """Sample, score and measure; leaves the round's two tables in its folder and gives their summary."""
+        ...
+
+
+@runtime_checkable
+class Concurrent(Protocol):
+    """What a policy or a reward model may be besides: able to take several batches at once, from as many threads."""
+
+    @property
+    def concurrency(self) -> int:
+        """How many batches keep it busy, over the end of each."""
+        ...
+
+    def cancel(self) -> None:
+        """End the calls that are in progress, soon and with an error: the work is given up."""
         ...
 
 

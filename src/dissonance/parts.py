@@ -38,6 +38,11 @@ class Parts:
             return frozenset()
         return frozenset(f"{self.place}/{name.rsplit('/', 1)[-1]}" for name in storage.ls(folder, detail=False))
 
+    def has(self, stage: str, window: int, batch: int) -> bool:
+        """Whether a batch is there."""
+        name = self.name(stage, window, batch)
+        return Path(name).exists() if isinstance(self.place, Path) else bool(self._storage()[0].exists(name))
+
     def write(self, stage: str, window: int, batch: int, table: pa.Table, seconds: float) -> None:
         """Store a batch and the time it took; it is there whole or not at all.
 

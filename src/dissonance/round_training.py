@@ -26,6 +26,7 @@ from dissonance.progress import ProgressFactory
 from dissonance.prompts import load_prompts
 from dissonance.records import Completion, Preference, Prompt
 from dissonance.round_labels import PAIRS
+from dissonance.sections import deciding
 
 REWARD_MODEL, POLICY = "reward_model", "policy"
 _ENOUGH_GOLD = 20
@@ -38,18 +39,14 @@ def models_of_round(run: Run, number: int, config: AuditConfig) -> tuple[PolicyC
     for earlier in range(number):
         folder = run.round(earlier)
         if (folder / POLICY).is_dir():
-            policy = _policy_in(policy, folder)
+            policy = policy.trained(folder / POLICY)
         if (folder / REWARD_MODEL).is_dir():
             reward = _reward_in(reward, folder)
     return policy, reward
 
 
-def _policy_in(start: PolicyConfig, folder: Path) -> PolicyConfig:
-    return start.model_copy(update={"model": str(folder / POLICY), "adapter": None})
-
-
 def _reward_in(start: RewardConfig, folder: Path) -> RewardConfig:
-    return start.model_copy(update={"model": str(folder / REWARD_MODEL), "adapter": None, "index": None})
+    return start.trained(folder / REWARD_MODEL).model_copy(update={"index": None})
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def evaluation_inputs(config: RefiningConfig) -> dict[str, Any]:
     gold = {} if settings.gold is None else model_inputs("gold", settings.gold)
     behind = config.feedback.reward_model
     annotator = {} if behind is None else model_inputs("annotator", behind)
-    return {**settings.model_dump(mode="json"), **prompts, **gold, **annotator}
+    return {**deciding(settings.model_dump(mode="json")), **prompts, **gold, **annotator}
 
 
 def refine_reward_of_round(
@@ -244,7 +241,7 @@ def evaluate_round(
     folder = run.round(number)
     start, proxy = models_of_round(run, number, config)
     _, refined = _ends_with(run, number, config)
-    new = _policy_in(start, folder) if (folder / POLICY).is_dir() else start
+    new = start.trained(folder / POLICY) if (folder / POLICY).is_dir() else start
     asked = _asked(folder, _trained_clusters(config, settings))
     return evaluate(
         _held_out(config, settings, prompts, pairs),
@@ -333,7 +330,7 @@ def _models(
 ) -> Models:
     """What makes each model; both policies at temperature 1 and top-p 1, so that the KL between them is one."""
     from dissonance.rewards import load_reward_model
-    from dissonance.sampling import HFPolicy, HFReference
+    from dissonance.sampling import HFReference, load_policy
 
     plain = {"n": settings.n, "temperature": 1.0, "top_p": 1.0}
     first, second = (policy.model_copy(update=plain) for policy in (start, new))
@@ -341,8 +338,8 @@ def _models(
     if config.policy.reference is not None:
         reference = partial(HFReference, first, config.policy.reference)
     return Models(
-        start=partial(HFPolicy, first, seed),
-        new=partial(HFPolicy, second, seed),
+        start=partial(load_policy, first, seed),
+        new=partial(load_policy, second, seed),
         start_likelihood=partial(HFReference, second, first),
         proxy=partial(load_reward_model, proxy),
         refined=None if refined == proxy else partial(load_reward_model, refined),

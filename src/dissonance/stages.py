@@ -6,7 +6,8 @@ or measures one window, does not know where it runs: `dissonance.engine` does.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dissonance.conflict import Conflicts, ConflictSummary, ConflictTally, confl
 from dissonance.errors import DissonanceError, RunError
 from dissonance.likelihood import Likelihood, loglikelihood
 from dissonance.models import Planner, Policy, ReferenceModel, RewardModel
+from dissonance.overlap import overlapped
 from dissonance.parts import Parts
 from dissonance.prompt_table import PromptTable
 from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, Completion, Prompt, messages_column
@@ -78,11 +80,18 @@ class Stage:
     """(model, batch, n, parts before it) -> the batch's part."""
 
 
-def compute_batch(stage: Stage, model: Any, batch: Batch, n: int, parts: Parts) -> None:
-    """Compute a batch of a stage and store it."""
+def compute(stage: Stage, model: Any, batches: Iterable[Batch], n: int, parts: Parts) -> Iterator[int]:
+    """Compute batches of a stage and store them; the completions of each as it is done.
+
+    Of batches that are computed at once, each is said to have taken the seconds since the one before.
+    """
     start = time.perf_counter()
-    table = stage.compute(model, batch, n, parts)
-    parts.write(stage.name, batch.window, batch.number, table, time.perf_counter() - start)
+    with closing(overlapped(model, batches, lambda batch: stage.compute(model, batch, n, parts))) as computed:
+        for batch, table in computed:
+            now = time.perf_counter()
+            parts.write(stage.name, batch.window, batch.number, table, now - start)
+            start = now
+            yield n * len(batch.prompts)
 
 
 def _sample(policy: Policy, batch: Batch, n: int, parts: Parts) -> pa.Table:

@@ -232,7 +232,7 @@ def _refined(
 
     start = proxy(setting.sandbox)
     refine_reward_model(training, start, setting.original, new, (), (), out, seed=seed)
-    return start.model_copy(update={"model": str(out)})
+    return start.trained(out)
 
 
 def _score(model: RewardConfig, answers: Answers) -> FloatArray:
@@ -268,7 +268,7 @@ def _train_policy(setting: Setting, reward_model: RewardConfig, policy: PolicyCe
     refine_policy(
         policy.training, start, HFRewardModel(reward_model), _prompts(setting.pool), out, seed=_own_seed(cell)
     )
-    trained = HFPolicy(start.model_copy(update={"model": str(out)}), cell.here.seed)
+    trained = HFPolicy(start.trained(out), cell.here.seed)
     asked = _prompts(setting.held_out)
     said = {prompt.prompt_id: prompt.messages[-1].content for prompt in asked}
     world = setting.sandbox.world

@@ -4,10 +4,11 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from dissonance.config import PolicyTraining, RewardTraining, Section
+from dissonance.config import PolicyTraining, RewardTraining
 from dissonance.errors import SettingsError
 from dissonance.likelihood import Likelihood
 from dissonance.sandbox import Task
+from dissonance.sections import Section
 from dissonance.selection import STRATEGIES, parse_threshold
 from dissonance.selection.selection import check_option
 

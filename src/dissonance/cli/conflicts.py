@@ -41,6 +41,22 @@ def audit(
     reward_adapter: Annotated[str | None, typer.Option(help="PEFT adapter of the reward model.")] = None,
     reward_template: Annotated[str, typer.Option(help="auto, chat, pair, or a text with {prompt}.")] = "auto",
     reward_max_length: Annotated[int | None, typer.Option(help="Tokens the reward model reads.")] = None,
+    policy_server: Annotated[
+        str | None, typer.Option(help="A vLLM server that samples the policy, such as http://127.0.0.1:8000.")
+    ] = None,
+    policy_served_name: Annotated[str | None, typer.Option(help="What it calls the policy.")] = None,
+    reward_server: Annotated[
+        str | None, typer.Option(help="A vLLM server that scores, or an address that ends in /get_reward.")
+    ] = None,
+    reward_served_name: Annotated[str | None, typer.Option(help="What it calls the reward model.")] = None,
+    server_requests: Annotated[int | None, typer.Option(help="In flight at once, to each server; default 64.")] = None,
+    server_timeout: Annotated[float | None, typer.Option(help="Seconds to wait for a reply; default 1800.")] = None,
+    server_patience: Annotated[
+        float | None, typer.Option(help="Seconds to wait for a server that is down; default 300.")
+    ] = None,
+    server_key_env: Annotated[
+        str | None, typer.Option(metavar="VARIABLE", help="Environment variable with the servers' API key.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of a datasets id.")] = "train",
     text_column: Annotated[str | None, typer.Option(help="Column with the prompt.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column with the prompt's id.")] = None,
@@ -73,6 +89,14 @@ def audit(
         "tokens_per_batch": tokens_per_batch,
         "trust_remote_code": trust_remote_code,
     }
+    how = {
+        "requests": server_requests,
+        "timeout": server_timeout,
+        "patience": server_patience,
+        "api_key_env": server_key_env,
+    }
+    if policy_server is None and reward_server is None and any(value is not None for value in how.values()):
+        raise SettingsError("the options --server-... are of servers: give --policy-server or --reward-server too")
     config = _parse(
         {
             "prompts": {
@@ -93,6 +117,7 @@ def audit(
                 "top_p": top_p,
                 "max_new_tokens": max_new_tokens,
                 "reference": reference,
+                **_server(policy_server, policy_served_name, how, "policy"),
                 **common,
             },
             "reward_model": {
@@ -102,6 +127,7 @@ def audit(
                 "kind": reward_kind,
                 "index": reward_index,
                 "max_length": reward_max_length,
+                **_server(reward_server, reward_served_name, how, "reward"),
                 **common,
             },
             "likelihood": likelihood,
@@ -189,8 +215,25 @@ def _parse(values: dict[str, Any]) -> AuditConfig:
         if not dot or section not in prefixes:
             raise
         name, _, message = rest.partition(":")
-        named = {"policy.model": "--policy", "prompts.source": "--prompts"}.get(f"{section}.{name}")
+        named = {
+            "policy.model": "--policy",
+            "prompts.source": "--prompts",
+            "policy.server.url": "--policy-server",
+            "reward_model.server.url": "--reward-server",
+        }.get(f"{section}.{name}")
+        if named is None and name.startswith("server."):
+            named = "--" + name.replace(".", "-").replace("_", "-")
         raise SettingsError(f"{named or prefixes[section] + name.replace('_', '-')}:{message}") from error
+
+
+def _server(url: str | None, served_name: str | None, how: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """A model's `server`, of the options that were given."""
+    if url is not None:
+        given = {"url": url, "served_name": served_name, **how}
+        return {"server": {name: value for name, value in given.items() if value is not None}}
+    if served_name is not None:
+        raise SettingsError(f"--{model}-served-name is the name on a server: give --{model}-server too")
+    return {}
 
 
 def _unescape(template: str) -> str:

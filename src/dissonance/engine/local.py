@@ -15,7 +15,7 @@ from dissonance.stages import (
     SCORING,
     Batch,
     Stage,
-    compute_batch,
+    compute,
     measure_window,
     plan_window,
     waiting,
@@ -68,9 +68,8 @@ class LocalRound:
             model = self._models.pop(stage, None) or load_model(stage, self._config)
             left = waiting(parts, stage, self._batches)
             with progress(stage.label, sum(len(batch.prompts) for batch in left) * n, "completions") as advance:
-                for batch in left:
-                    compute_batch(stage, model, batch, n, parts)
-                    advance(n * len(batch.prompts))
+                for done in compute(stage, model, left, n, parts):
+                    advance(done)
             del model
             free_memory()
         by_window = by_window_of(self._batches)
@@ -96,10 +95,10 @@ def load_model(stage: Stage, config: AuditConfig) -> Any:
     """
     # PyTorch and Transformers are loaded here, so that measuring and selecting need not wait for them.
     from dissonance.rewards import load_reward_model
-    from dissonance.sampling import HFPolicy, HFReference
+    from dissonance.sampling import HFReference, load_policy
 
     load: Mapping[Stage, Callable[[], Any]] = {
-        SAMPLING: lambda: HFPolicy(config.policy, config.seed),
+        SAMPLING: lambda: load_policy(config.policy, config.seed),
         REFERENCE: lambda: HFReference(config.policy, str(config.policy.reference)),
         SCORING: lambda: load_reward_model(config.reward_model),
     }

@@ -30,7 +30,7 @@ from dissonance.stages import (
     STAGES,
     Batch,
     MeasuredWindow,
-    compute_batch,
+    compute,
     measure_window,
     plan_window,
     waiting,
@@ -212,8 +212,8 @@ class _Computer:
 
     def __call__(self, batch: Batch) -> int:
         # Ray computes anew what a lost node had returned; what it has stored is there.
-        if waiting(self._parts, self._stage, [batch]):
-            compute_batch(self._stage, self._model, batch, self._n, self._parts)
+        if not self._parts.has(self._stage.name, batch.window, batch.number):
+            sum(compute(self._stage, self._model, [batch], self._n, self._parts))
         return len(batch.prompts) * self._n
 
 

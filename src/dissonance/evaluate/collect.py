@@ -6,6 +6,7 @@ One model is in memory at a time: each is made when its turn comes and let go af
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 from dissonance.errors import DataError, DissonanceError
 from dissonance.evaluate.guards import Grader, HeldOut
 from dissonance.models import Policy, ReferenceModel, RewardModel
+from dissonance.overlap import overlapped
 from dissonance.progress import ProgressFactory
 from dissonance.records import Completion, Message, Prompt
 
@@ -171,9 +173,11 @@ def _sample(policy: Policy, prompts: Sequence[Prompt], n: int, label: str, progr
     if sorted(p.prompt_id for batch in batches for p in batch) != sorted(p.prompt_id for p in prompts):
         raise DissonanceError("the policy's plan does not hold each held-out prompt once")
     sampled: _Sampled = []
-    with progress(label, n * len(prompts), "completions") as advance:
-        for batch in batches:
-            completions = policy.sample(batch)
+    with (
+        progress(label, n * len(prompts), "completions") as advance,
+        closing(overlapped(policy, batches, policy.sample)) as computed,
+    ):
+        for batch, completions in computed:
             if [(c.prompt_id, c.completion_id) for c in completions] != [
                 (p.prompt_id, i) for p in batch for i in range(n)
             ]:
@@ -182,7 +186,8 @@ def _sample(policy: Policy, prompts: Sequence[Prompt], n: int, label: str, progr
                 )
             sampled.append((batch, completions))
             advance(len(completions))
-    return sampled
+    place = {prompt.prompt_id: at for at, batch in enumerate(batches) for prompt in batch}
+    return sorted(sampled, key=lambda one: place[one[0][0].prompt_id])
 
 
 def _likelihoods(

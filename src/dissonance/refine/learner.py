@@ -61,7 +61,7 @@ def load_learner(start: PolicyConfig, lora_rank: int | None, work: Path) -> Lear
         model, new_adapter = load_base(start, _ROLE), _lora(lora_rank)
     else:
         model = _load_adapted(start, adapter)
-    return Learner(model, new_adapter, encode, end_ids(model, encode.tokenizer), base)
+    return Learner(model, new_adapter, encode, end_ids(model.generation_config, encode.tokenizer), base)
 
 
 def _load_whole(start: PolicyConfig, work: Path) -> PreTrainedModel:
@@ -76,7 +76,7 @@ def _load_whole(start: PolicyConfig, work: Path) -> PreTrainedModel:
         return load_base(whole, _ROLE)
     folder = work / "start"
     load_language_model(whole, _ROLE).save_pretrained(folder)
-    return load_base(whole.model_copy(update={"model": str(folder), "adapter": None}), _ROLE)
+    return load_base(whole.trained(folder), _ROLE)
 
 
 def _load_adapted(start: PolicyConfig, adapter: str) -> PreTrainedModel:

@@ -57,7 +57,7 @@ def refine_reward_model(  # noqa: PLR0913
     Args:
         config: how.
         start: the current reward model; its template, length, device and kind hold for the refined one, so that
-            `start.model_copy(update={"model": str(out), "adapter": None})` loads that.
+            `start.trained(out)` loads that.
         original: what the current model learnt from; may be empty.
         new: what people said since; may be empty.
         held_out_original: pairs of the first kind that are not trained on; may be empty.
@@ -100,7 +100,7 @@ def refine_reward_model(  # noqa: PLR0913
         save(objective.classifier, folder)
         del objective
         free_memory()  # there need not be room for two models
-        saved = loaded.model_copy(update={"model": str(folder), "adapter": None})
+        saved = loaded.trained(folder)
         refined = _objective(config, start, Classifier(saved))
         probe.check_same(refined.classifier)
         after = {name: measure(refined, encoded[name]) for name in MEASURED}

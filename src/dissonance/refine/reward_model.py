@@ -10,8 +10,9 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dissonance.classifier import ROLE, Classifier, TokenIds, load_classifier, load_for_training
+from dissonance.classifier import Classifier, load_classifier, load_for_training
 from dissonance.config import RewardConfig, RewardTraining
+from dissonance.conversation_encoder import ROLE, TokenIds
 from dissonance.errors import DissonanceError, ModelError, SettingsError
 from dissonance.huggingface import base_and_adapter, resolve_device, resolve_dtype, resolve_source
 from dissonance.records import Preference

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dissonance.classifier import Classifier, TokenIds
+from dissonance.classifier import Classifier
+from dissonance.conversation_encoder import TokenIds
 from dissonance.errors import DataError
 from dissonance.records import Preference
 from dissonance.refine.losses import PairBatch

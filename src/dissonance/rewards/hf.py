@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from dissonance.classifier import ROLE, Classifier
+from dissonance.classifier import Classifier
 from dissonance.config import RewardConfig
+from dissonance.conversation_encoder import ROLE
 from dissonance.errors import DataError
 from dissonance.records import Message, Reward
 

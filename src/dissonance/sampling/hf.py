@@ -1,13 +1,13 @@
 """A Hugging Face causal LM as a policy, and as a reference model."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from dissonance.config import PolicyConfig
 from dissonance.errors import DissonanceError, ModelError
 from dissonance.huggingface import free_memory, is_out_of_memory, load_tokenizer, resolve_device
 from dissonance.language_model import PromptEncoder, end_ids, load_language_model
 from dissonance.records import Completion, FinishReason, Prompt
+from dissonance.sampling.common import one_likelihood
 from dissonance.sampling.decode import Drawn, decode, teacher_force
 from dissonance.sampling.draw import stack_uniforms
 from dissonance.sampling.planner import HFPlanner
@@ -27,7 +27,7 @@ class HFPolicy:
         self._planner = HFPlanner(config)
         self._encode = self._planner.encode
         self._model = load_language_model(config, "policy").to(resolve_device(config.device))
-        self._eos_ids = end_ids(self._model, self._encode.tokenizer)
+        self._eos_ids = end_ids(self._model.generation_config, self._encode.tokenizer)
         self._row_limit: int | None = None
 
     def plan(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
@@ -40,11 +40,7 @@ class HFPolicy:
         Out of memory halves the batch, and remembers the size that fitted. Equal token ids in a prompt get the same
         log-likelihood: rounding must not break a tie.
         """
-        completions = self._sample(list(batch), range(self._config.n))
-        first: dict[tuple[str, tuple[int, ...]], float] = {}
-        for c in completions:
-            first.setdefault((c.prompt_id, c.token_ids), c.logprob)
-        return [replace(c, logprob=first[c.prompt_id, c.token_ids]) for c in completions]
+        return one_likelihood(self._sample(list(batch), range(self._config.n)))
 
     def _sample(self, batch: list[Prompt], completion_ids: range) -> list[Completion]:
         rows = len(batch) * len(completion_ids)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from dissonance.config import PolicyConfig
-from dissonance.errors import DataError
 from dissonance.huggingface import resolve_device, resolve_tokens_per_batch
-from dissonance.language_model import PromptEncoder, load_configuration
+from dissonance.language_model import PromptEncoder, check_generates
 from dissonance.records import Prompt
+from dissonance.sampling.common import check_room
 
 
 class HFPlanner:
@@ -19,7 +19,7 @@ class HFPlanner:
     def __init__(self, config: PolicyConfig) -> None:
         self._config = config
         self._budget = resolve_tokens_per_batch(config, resolve_device(config.device))
-        self._context = getattr(load_configuration(config, "policy").get_text_config(), "max_position_embeddings", None)
+        self._context = getattr(check_generates(config, "policy").get_text_config(), "max_position_embeddings", None)
         self.encode = PromptEncoder(config)
         """Prompt -> token ids."""
 
@@ -30,7 +30,7 @@ class HFPlanner:
             DataError: a prompt leaves no room for max_new_tokens in the policy's context.
         """
         lengths = {prompt.prompt_id: len(self.encode(prompt)) for prompt in prompts}
-        self._check_room(lengths)
+        check_room(lengths, self._config.max_new_tokens, self._context)
         batches: list[list[Prompt]] = []
         for prompt in sorted(prompts, key=lambda p: -lengths[p.prompt_id]):
             # Longest first: a batch's first prompt bounds its width, and memory runs out early or not at all.
@@ -42,12 +42,3 @@ class HFPlanner:
 
     def _rows_cost(self, prompts: int, longest: int) -> int:
         return prompts * self._config.n * (longest + self._config.max_new_tokens)
-
-    def _check_room(self, lengths: dict[str, int]) -> None:
-        context, new = self._context, self._config.max_new_tokens
-        too_long = [name for name, length in lengths.items() if context and length + new > context]
-        if too_long:
-            raise DataError(
-                f"{len(too_long)} prompts leave no room for {new} new tokens in the policy's {context} positions "
-                f"(the first, {too_long[0]!r}, has {lengths[too_long[0]]} tokens): shorten them or lower max_new_tokens"
-            )

@@ -1,18 +1,18 @@
 """One chat completion from an OpenAI-compatible endpoint; says of every failure whether it can have cost anything."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 import openai
 from openai.types.chat import ChatCompletion
 
+from dissonance.addresses import checked_address, key_of
 from dissonance.errors import ModelError, SettingsError
 from dissonance.feedback.annotators.budget import Usage
 from dissonance.feedback.annotators.texts import storable
+from dissonance.remote import retry_after
 
 _NOTHING_SENT = (
     httpx2.ConnectError,
@@ -24,7 +24,6 @@ _NOTHING_SENT = (
 )
 _OPTIONAL = ("response_format", "max_tokens", "temperature", "seed")
 _LARGEST_COUNT = 2**31 - 1
-_LONGEST_PAUSE = 60.0
 
 
 class RefusedError(Exception):
@@ -71,11 +70,10 @@ class EndpointSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise SettingsError(f"base_url is {self.base_url!r}: write it as http://127.0.0.1:8000/v1")
-        if parts.username or parts.password:
-            raise SettingsError("base_url holds a password: name the variable that holds the key as api_key_env")
+        try:
+            checked_address(self.base_url)
+        except ValueError as error:
+            raise SettingsError(f"base_url {error}") from error
         if not self.model:
             raise SettingsError("the judge's model is empty: name it as the endpoint does")
         limits = {"timeout": 1e-3, "retries": 0, "max_tokens": 1, "temperature": 0}
@@ -100,9 +98,7 @@ class Endpoint:
     """
 
     def __init__(self, settings: EndpointSettings, connections: int) -> None:
-        key = "EMPTY" if settings.api_key_env is None else os.environ.get(settings.api_key_env, "")
-        if not key:
-            raise SettingsError(f"the environment variable {settings.api_key_env} is not set: put the API key in it")
+        key = key_of(settings.api_key_env) or "EMPTY"
         self.settings = settings
         self._left_out: frozenset[str] = frozenset()
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
@@ -182,7 +178,7 @@ class _Client(httpx2.Client):
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise LostReplyError(f"{type(error).__name__}: {error}") from error
         if response.status_code == httpx2.codes.REQUEST_TIMEOUT or response.is_server_error:
-            raise LostReplyError(_one_line(f"{response.status_code} {response.text}"), _pause(response.headers))
+            raise LostReplyError(_one_line(f"{response.status_code} {response.text}"), retry_after(response.headers))
         return response
 
 
@@ -227,12 +223,3 @@ def _said(error: openai.APIStatusError) -> str:
 
 def _one_line(text: str) -> str:
     return storable(" ".join(text[:3000].split())[:300])
-
-
-def _pause(headers: Mapping[str, str]) -> float | None:
-    """What Retry-After says, in seconds; None where it says nothing, or a date."""
-    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        said = headers.get(name, "").strip()
-        if said.replace(".", "", 1).isdecimal():
-            return min(float(said) * unit, _LONGEST_PAUSE)
-    return None

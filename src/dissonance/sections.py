@@ -1,0 +1,67 @@
+"""What every section of the settings is, and the section about servers, which every model may have."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from dissonance.addresses import checked_address
+
+
+class Section(BaseModel):
+    """A frozen part of the settings; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ServerConfig(Section):
+    """A server that answers in the model's place. Whatever it is asked again for, it is asked for as a whole."""
+
+    url: str
+    """Its root, such as http://127.0.0.1:8000; a /v1 at the end is dropped. An address that ends in /get_reward speaks
+    OpenRLHF's protocol."""
+    served_name: str | None = None
+    """What the server calls the model; by default the only one it lists, or the one that it lists as `model`."""
+    requests: int = Field(64, ge=1)
+    """In flight at once, at most."""
+    timeout: float = Field(1800.0, gt=0)
+    """Seconds to wait for one reply, which is all answers to a prompt."""
+    patience: float = Field(300.0, ge=0)
+    """Seconds that a server may fail or be out of reach, with no reply in between, before the command gives up."""
+    api_key_env: str | None = None
+    """The environment variable that holds the key; the key itself is kept nowhere."""
+
+    @field_validator("url")
+    @classmethod
+    def _root(cls, url: str) -> str:
+        if "?" in url or "#" in url:
+            raise ValueError("holds more than an address: name the variable that holds a key as api_key_env")
+        return checked_address(url, "http://127.0.0.1:8000").rstrip("/").removesuffix("/v1").rstrip("/")
+
+    @property
+    def protocol(self) -> Literal["openai", "openrlhf"]:
+        """What it is asked in: `openrlhf` where its address ends in /get_reward."""
+        return "openrlhf" if self.url.endswith("/get_reward") else "openai"
+
+
+def deciding(settings: Any) -> Any:
+    """Settings as JSON, less what decides no number: of a server, only that there is one, and what it speaks.
+
+    So a run goes on when its server has moved to another port.
+    """
+    return _with_servers(settings, lambda server: ServerConfig(**server).protocol)
+
+
+def without_servers(settings: Any) -> Any:
+    """Settings as JSON, `deciding` or whole, in which every model runs in this process."""
+    return _with_servers(settings, lambda _: None)
+
+
+def _with_servers(settings: Any, told: Callable[[Any], Any]) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    changed = {
+        name: told(value) if name == "server" and value else _with_servers(value, told)
+        for name, value in settings.items()
+    }
+    return {name: value for name, value in changed.items() if name != "server" or value is not None}
