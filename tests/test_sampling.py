@@ -95,7 +95,7 @@ def test_plan_fits_the_budget_and_loses_nothing(policy_folder: Path) -> None:
     assert len(batches) > 1
     for batch in batches:
         longest = max(len(p.messages[0].content.split()) for p in batch) + 2
-        assert len(batch) == 1 or len(batch) * 5 * (longest + 12) <= 300
+        assert len(batch) == 1 or len(batch) * (longest + 5 * 12) <= 300  # a prompt's keys are held once
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(policy_folder: Path, capsys: Any) -> None:

@@ -12,14 +12,18 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is 
     128 rows. It hands out views of the filled part, so attention sees exactly what it would have seen.
     """
 
+    def __init__(self, like: DynamicLayer, keys: Tensor, values: Tensor, room: int) -> None:
+        """Hold these keys and values, with room for `room` more positions; data type and device are `like`'s."""
+        super().__init__()
+        self._room = room
+        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+        self._adopt(keys, values)
+
     @classmethod
     def from_dynamic(cls, layer: DynamicLayer, repeats: int, room: int) -> "PreallocatedLayer":
         """Repeat a prompt's keys and values for its completions, with room for `room` more positions."""
-        self = cls()
-        self._room = room
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self._adopt(layer.keys.repeat_interleave(repeats, dim=0), layer.values.repeat_interleave(repeats, dim=0))
-        return self
+        keys, values = (part.repeat_interleave(repeats, dim=0) for part in (layer.keys, layer.values))
+        return cls(layer, keys, values, room)
 
     def _adopt(self, keys: Tensor, values: Tensor) -> None:
         length = keys.shape[-2]

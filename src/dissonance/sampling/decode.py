@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from dissonance.sampling.cache import expand_cache
 from dissonance.sampling.draw import draw, token_logprobs
+from dissonance.sampling.shared_prefix import SharedPrefix, shares_prefixes
 
 # Dropping finished rows copies the cache, so it waits until an eighth of the rows are finished.
 _COMPACT_SHARE = 8
@@ -41,15 +43,20 @@ class CachedForward:
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], repeats: int, room: int) -> None:
         self._model = model
         self._accepts = set(inspect.signature(model.forward).parameters)
+        self._shared: SharedPrefix | None = None
         ids, mask = _left_pad(prompts, model.device)
-        padded = not bool(mask.all())
+        padding = None if bool(mask.all()) else mask
         lengths = mask.sum(dim=-1)
-        logits, cache = self._forward(ids, mask if padded else None, (mask.cumsum(dim=-1) - 1).clamp(min=0), None, 1)
+        logits, self._cache = self._forward(ids, padding, (mask.cumsum(dim=-1) - 1).clamp(min=0), None, 1)
         self.logits: Tensor = logits[:, -1].repeat_interleave(repeats, dim=0)
         """Of the next token, (rows, vocabulary)."""
-        self._cache = expand_cache(cache, repeats, room)
-        self._mask = mask.repeat_interleave(repeats, dim=0) if padded else None
         self._lengths = lengths.repeat_interleave(repeats, dim=0)
+        self._mask = None
+        if shares_prefixes(model):
+            self._shared = SharedPrefix(self._cache, padding, repeats, room)
+            return
+        self._cache = expand_cache(self._cache, repeats, room)
+        self._mask = None if padding is None else padding.repeat_interleave(repeats, dim=0)
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Feed (rows, time) tokens; logits of what follows each, (rows, time, vocabulary)."""
@@ -63,18 +70,18 @@ class CachedForward:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows only."""
-        self._cache.batch_select_indices(rows)
+        (self._shared.select if self._shared is not None else self._cache.batch_select_indices)(rows)
         self._lengths = self._lengths[rows]
         self._mask = None if self._mask is None else self._mask[rows]
 
     def _forward(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: object, keep: int
-    ) -> tuple[Tensor, object]:
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None, keep: int
+    ) -> tuple[Tensor, Cache]:
         optional = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
-        output = self._model(
-            input_ids=ids, past_key_values=cache, use_cache=True,
-            **{name: value for name, value in optional.items() if name in self._accepts},
-        )  # fmt: skip
+        given: dict[str, object] = {name: value for name, value in optional.items() if name in self._accepts}
+        if self._shared is not None:
+            given["shared_prefix"] = self._shared
+        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **given)
         return output.logits, output.past_key_values
 
 

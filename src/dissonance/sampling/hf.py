@@ -16,6 +16,7 @@ from dissonance.language_model import PromptEncoder, end_ids, load_language_mode
 from dissonance.records import Completion, FinishReason, Prompt
 from dissonance.sampling.decode import Drawn, decode, teacher_force
 from dissonance.sampling.draw import stack_uniforms
+from dissonance.sampling.shared_prefix import share_prefixes, shares_prefixes
 
 
 class HFPolicy:
@@ -33,6 +34,8 @@ class HFPolicy:
         self._budget = resolve_tokens_per_batch(config, self._device)
         self._encode = PromptEncoder(config)
         self._model = load_language_model(config, "policy").to(self._device)
+        if self._device.type == "cpu":
+            share_prefixes(self._model)
         self._eos_ids = end_ids(self._model, self._encode.tokenizer)
         self._row_limit: int | None = None
 
@@ -47,14 +50,15 @@ class HFPolicy:
         batches: list[list[Prompt]] = []
         for prompt in sorted(prompts, key=lambda p: -lengths[p.prompt_id]):
             # Longest first: a batch's first prompt bounds its width, and memory runs out early or not at all.
-            if batches and self._rows_cost(len(batches[-1]) + 1, lengths[batches[-1][0].prompt_id]) <= self._budget:
+            if batches and self._tokens_held(len(batches[-1]) + 1, lengths[batches[-1][0].prompt_id]) <= self._budget:
                 batches[-1].append(prompt)
             else:
                 batches.append([prompt])
         return batches
 
-    def _rows_cost(self, prompts: int, longest: int) -> int:
-        return prompts * self._config.n * (longest + self._config.max_new_tokens)
+    def _tokens_held(self, prompts: int, longest: int) -> int:
+        copies = 1 if shares_prefixes(self._model) else self._config.n
+        return prompts * (copies * longest + self._config.n * self._config.max_new_tokens)
 
     def _check_room(self, lengths: dict[str, int]) -> None:
         context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -134,6 +138,8 @@ class HFReference:
         if load_tokenizer(own, "reference").get_vocab() != self._encode.tokenizer.get_vocab():
             raise ModelError(f"reference: {model} has another vocabulary than the policy: use the policy's own base")
         self._model = load_language_model(own, "reference")
+        if self._device.type == "cpu":
+            share_prefixes(self._model)
 
     def logprobs(self, prompts: Sequence[Prompt], token_ids: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
         """Sums of log pi_ref over token_ids[i][j], nats; every prompt has equally many completions.
