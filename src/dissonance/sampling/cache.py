@@ -1,5 +1,7 @@
 """A key-value cache that is allocated once and does not move as it grows."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -61,3 +63,17 @@ def expand_cache(cache: Cache, repeats: int, room: int) -> Cache:
     else:
         cache.batch_repeat_interleave(repeats)
     return cache
+
+
+def join_caches(caches: Sequence[Cache]) -> Cache:
+    """One cache of the prompts of several, padded on the left to the longest."""
+    first = caches[0]
+    for index, layer in enumerate(first.layers):
+        parts = [cache.layers[index] for cache in caches]
+        layer.keys, layer.values = _join([part.keys for part in parts]), _join([part.values for part in parts])
+    return first
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    longest = max(part.shape[-2] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])

@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from dissonance.sampling.cache import expand_cache
+from dissonance.sampling.cache import expand_cache, join_caches
 from dissonance.sampling.draw import draw, token_logprobs
 from dissonance.sampling.shared_prefix import SharedPrefix, shares_prefixes
 
 # Dropping finished rows copies the cache, so it waits until an eighth of the rows are finished.
 _COMPACT_SHARE = 8
+# Tokens of prompts read at once where rows share them: more gain nothing there, and pad short prompts to long ones.
+_READ_TOGETHER = 512
 # Rows x positions of logits held at once under teacher forcing.
 _FORCED_LOGITS = 512
 
@@ -46,17 +48,29 @@ class CachedForward:
         self._shared: SharedPrefix | None = None
         ids, mask = _left_pad(prompts, model.device)
         padding = None if bool(mask.all()) else mask
-        lengths = mask.sum(dim=-1)
-        logits, self._cache = self._forward(ids, padding, (mask.cumsum(dim=-1) - 1).clamp(min=0), None, 1)
-        self.logits: Tensor = logits[:, -1].repeat_interleave(repeats, dim=0)
+        shares = shares_prefixes(model)
+        read = self._read(ids, mask, max(1, _READ_TOGETHER // ids.shape[1]) if shares else len(ids))
+        self.logits: Tensor = torch.cat([logits for logits, _ in read]).repeat_interleave(repeats, dim=0)
         """Of the next token, (rows, vocabulary)."""
-        self._lengths = lengths.repeat_interleave(repeats, dim=0)
-        self._mask = None
-        if shares_prefixes(model):
+        self._lengths = mask.sum(dim=-1).repeat_interleave(repeats, dim=0)
+        self._mask = None if shares or padding is None else padding.repeat_interleave(repeats, dim=0)
+        if shares:
+            self._cache = join_caches([cache for _, cache in read])
             self._shared = SharedPrefix(self._cache, padding, repeats, room)
-            return
-        self._cache = expand_cache(self._cache, repeats, room)
-        self._mask = None if padding is None else padding.repeat_interleave(repeats, dim=0)
+        else:
+            self._cache = expand_cache(read[0][1], repeats, room)
+
+    def _read(self, ids: Tensor, mask: Tensor, together: int) -> list[tuple[Tensor, Cache]]:
+        """What follows some of the prompts at a time, (prompts, vocabulary), and the cache after them."""
+        read = []
+        for first in range(0, len(ids), together):
+            kept = mask[first : first + together]
+            longest = int(kept.sum(dim=-1).max())
+            kept = kept[:, -longest:]
+            padding, positions = None if bool(kept.all()) else kept, (kept.cumsum(dim=-1) - 1).clamp(min=0)
+            logits, cache = self._forward(ids[first : first + together, -longest:], padding, positions, None, 1)
+            read.append((logits[:, -1], cache))
+        return read
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Feed (rows, time) tokens; logits of what follows each, (rows, time, vocabulary)."""
