@@ -3,6 +3,7 @@
 import argparse
 import json
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ class Method:
     def tokens(self, prompts: list[Prompt]) -> int:
         """Sample everything; the number of tokens."""
         raise NotImplementedError
+
+    def cpu_seconds(self) -> float:
+        """What its processes have computed so far."""
+        return time.process_time()
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -156,6 +161,7 @@ class VLLM(Method):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._answer()
+        self._cpu_seconds = 0.0
 
     def tokens(self, prompts: list[Prompt]) -> int:
         """Sample everything; the number of tokens."""
@@ -163,7 +169,13 @@ class VLLM(Method):
         asked = {"prompts": ids, "n": self._n, "max_tokens": self._steps, "eos": self._tokenizer.eos_token_id}
         assert self._process.stdin is not None
         print(json.dumps(asked), file=self._process.stdin, flush=True)
-        return int(self._answer()["tokens"])
+        answer = self._answer()
+        self._cpu_seconds = answer["cpu_seconds"]
+        return int(answer["tokens"])
+
+    def cpu_seconds(self) -> float:
+        """As it stood after the last answer."""
+        return self._cpu_seconds
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
