@@ -82,6 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens-per-batch", type=int)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--vllm", type=Path, help="an environment with vLLM in it; default: .venv-vllm, where it is")
+    parser.add_argument("--vllm-eager", action="store_true", help="without the compilation, which takes minutes")
     parser.add_argument("--cpu-time", action="store_true", help="time by the seconds of CPU, not by the clock")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory-of", choices=MEASURED, help=argparse.SUPPRESS)
@@ -168,6 +169,7 @@ def _compare(arguments: argparse.Namespace, folder: str, dtype: str) -> dict[str
     for repeat in range(arguments.repeats):
         for name in sorted(methods, reverse=repeat % 2 == 1):
             tokens, seconds = _timed(methods[name], prompts, cpu_time=arguments.cpu_time)
+            print(f"{dtype}, {name}: {tokens} tokens in {seconds:.1f} s", file=sys.stderr, flush=True)
             runs[name].append({"tokens_per_second": tokens / seconds, "prompts_per_second": len(prompts) / seconds})
     for method in methods.values():
         method.close()

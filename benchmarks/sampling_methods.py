@@ -156,8 +156,9 @@ class VLLM(Method):
         self._n, self._steps = arguments.n, arguments.max_new_tokens
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         script = Path(__file__).with_name("sampling_vllm.py")
+        eager = ["eager"] if arguments.vllm_eager else []
         self._process = subprocess.Popen(
-            [arguments.vllm / "bin" / "python", script, folder, dtype, str(torch.get_num_threads())],
+            [arguments.vllm / "bin" / "python", script, folder, dtype, str(torch.get_num_threads()), *eager],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._answer()

@@ -7,7 +7,7 @@ import sys
 
 def main() -> None:
     """Load the model, then sample what each line asks for."""
-    folder, dtype, threads = sys.argv[1:]
+    folder, dtype, threads, *eager = sys.argv[1:]
     cores = sorted(os.sched_getaffinity(0))[: int(threads)]
     # A gigabyte holds all that the benchmark has at once. By default one core would be left idle, for serving.
     os.environ |= {
@@ -18,8 +18,8 @@ def main() -> None:
     }
     from vllm import LLM, SamplingParams
 
-    # Everything else is as it comes, compilation included, which takes minutes the first time.
-    engine = LLM(folder, dtype=dtype, seed=0, disable_log_stats=True)
+    # Everything else is as it comes, with compilation, which takes minutes the first time, unless it is asked not to.
+    engine = LLM(folder, dtype=dtype, seed=0, enforce_eager=bool(eager), disable_log_stats=True)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
