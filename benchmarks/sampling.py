@@ -1,10 +1,18 @@
-"""The sampler against the usual recipe, and against what the machine can do at all.
+"""The sampler against other ways to sample, and against what the machine can do at all.
 
-The usual recipe takes one prompt at a time: `generate` with N return sequences, the text decoded and tokenised again,
-and a second full forward pass with log_softmax over all logits. The limit is a teacher-forced forward pass, language
-model head and all, at the batch size that reads most tokens a second. Both methods run in turn in one process, in
-changing order; each one's peak memory is measured in a process of its own, from the same starting point: the model
-loaded, and every weight touched once.
+ours        this package
+recipe      the usual one, a prompt at a time: `generate` with N return sequences, the text decoded and tokenised again,
+            and a second full forward pass with log_softmax over all logits
+continuous  Transformers' continuous batching, with the log-probabilities that it gives
+vllm        vLLM's engine in an environment of its own, likewise; left out where there is none
+
+All sample the same prompts at temperature 1, N completions each, in the same dtype, to the same end-of-sequence id; the
+tokens up to it count. The limit is a teacher-forced forward pass, language model head and all, at the batch size that
+reads most tokens a second. The methods run in turn, in changing order. The peak memory of ours and of the recipe is
+measured in a process of its own, from the same starting point: the model loaded, and every weight touched once.
+
+Where other programs compute beside it, threads wait for each other, and the clock says nothing: --cpu-time with
+OMP_NUM_THREADS=1 counts the CPU's own seconds, those of vLLM's processes too.
 
     python benchmarks/sampling.py --model SmolLM2-135M-Instruct.Q4_1.gguf --dtype float32 bfloat16
     python benchmarks/sampling.py                              (the built-in world's policy)
@@ -17,18 +25,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dissonance.config import PolicyConfig
 from dissonance.huggingface import resolve_source
 from dissonance.prompts import load_prompts
-from dissonance.records import Completion, Message, Prompt
-from dissonance.sampling import HFPolicy
+from dissonance.records import Message, Prompt
+from sampling_methods import METHODS, Method, Ours, Recipe, load
 
 TOPICS = "tides volcanoes bread chess rain bridges honey glaciers clocks paper silk wolves maps salt opera bicycles"
 # Short, middling, long, and a conversation: the lengths of real prompts differ, and padding is paid for.
@@ -44,6 +50,7 @@ NOTES = (
     "are seldom compared. Write a summary of these notes for a school newspaper, in a friendly tone, without lists."
 )
 TALK = ("Do you know anything about {topic}?", "Yes, quite a lot. What would you like?", "Tell me the oddest fact.")
+MEASURED = ("ours", "recipe")
 FORMS = ((PLAIN,), (POLITE,), (NOTES,), TALK)
 
 
@@ -73,9 +80,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokens-per-batch", type=int)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--vllm", type=Path, help="an environment with vLLM in it; default: .venv-vllm, where it is")
+    parser.add_argument("--vllm-eager", action="store_true", help="without the compilation, which takes minutes")
+    parser.add_argument("--cpu-time", action="store_true", help="time by the seconds of CPU, not by the clock")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--memory-of", choices=["ours", "recipe"], help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--memory-of", choices=MEASURED, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.vllm is None and "vllm" in arguments.methods:
+        arguments.vllm = Path(__file__).parents[1] / ".venv-vllm"
+        if arguments.device != "cpu" or not (arguments.vllm / "bin" / "python").exists():
+            print(f"vllm is left out: there is no {arguments.vllm} for this device", file=sys.stderr)
+            arguments.methods.remove("vllm")
+    return arguments
 
 
 def _prepare(arguments: argparse.Namespace, scratch: Path) -> str:
@@ -108,130 +125,73 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
-class Ours:
-    """This package's sampler."""
-
-    def __init__(self, arguments: argparse.Namespace, folder: str, dtype: str) -> None:
-        config = PolicyConfig(
-            model=folder, n=arguments.n, max_new_tokens=arguments.max_new_tokens, dtype=dtype, device=arguments.device,
-            tokens_per_batch=arguments.tokens_per_batch,
-        )  # fmt: skip
-        self._policy = HFPolicy(config)
-
-    def __call__(self, prompts: list[Prompt]) -> list[Completion]:
-        """Sample everything."""
-        return [c for batch in self._policy.plan(prompts) for c in self._policy.sample(batch)]
-
-    def tokens(self, prompts: list[Prompt]) -> int:
-        """Sample everything; the number of tokens."""
-        return sum(len(completion.token_ids) for completion in self(prompts))
-
-
-class Recipe:
-    """What people write: generate, decode, tokenise again, a second forward."""
-
-    def __init__(self, arguments: argparse.Namespace, folder: str, dtype: str) -> None:
-        self._n, self._steps = arguments.n, arguments.max_new_tokens
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-        self.model = self.model.to(arguments.device)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    @torch.inference_mode()
-    def tokens(self, prompts: list[Prompt]) -> int:
-        """Sample everything; the number of tokens."""
-        return sum(self._one(prompt) for prompt in prompts)
-
-    def _one(self, prompt: Prompt) -> int:
-        text = self._text(prompt)
-        inputs = self._tokenizer(text, return_tensors="pt", add_special_tokens=False).to(self.model.device)
-        length = inputs["input_ids"].shape[1]
-        output = self.model.generate(
-            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=self._n,
-            max_new_tokens=self._steps, pad_token_id=self._tokenizer.pad_token_id,
-        )[:, length:]  # fmt: skip
-        answers = self._tokenizer.batch_decode(output, skip_special_tokens=True)
-        again = self._tokenizer(
-            [text + answer for answer in answers], return_tensors="pt", padding=True, padding_side="right",
-            add_special_tokens=False,
-        ).to(self.model.device)  # fmt: skip
-        self._logprobs(again["input_ids"], again["attention_mask"], length)
-        ended = (output == self._tokenizer.eos_token_id).cumsum(-1)
-        return int((ended - (output == self._tokenizer.eos_token_id).long() == 0).sum())
-
-    def _logprobs(self, ids: torch.Tensor, mask: torch.Tensor, length: int) -> list[float]:
-        logprobs = self.model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-        chosen = logprobs[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
-        values: list[float] = (chosen * mask[:, 1:])[:, length - 1 :].sum(-1).tolist()
-        return values
-
-    @torch.inference_mode()
-    def logprob(self, prompt: Prompt, token_ids: tuple[int, ...]) -> float:
-        """The log-likelihood of one completion, by the second forward pass."""
-        prefix = self._tokenizer(self._text(prompt), add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([[*prefix, *token_ids]], device=self.model.device)
-        return self._logprobs(ids, torch.ones_like(ids), len(prefix))[0]
-
-    def _text(self, prompt: Prompt) -> str:
-        turns = [{"role": m.role, "content": m.content} for m in prompt.messages]
-        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-
-METHODS: dict[str, Callable[[argparse.Namespace, str, str], Ours | Recipe]] = {"ours": Ours, "recipe": Recipe}
-
-
 @torch.inference_mode()
-def limit(model: PreTrainedModel) -> tuple[float, int]:
+def limit(model: PreTrainedModel, *, cpu_time: bool) -> tuple[float, int]:
     """Tokens a second of a teacher-forced forward pass, and the batch size at which it reads most."""
     text = model.config.get_text_config()
     length, best = min(128, text.max_position_embeddings), (0.0, 0)
+    now = time.process_time if cpu_time else time.perf_counter
     for rows in (1, 2, 4, 8, 16, 32, 64):
         ids = torch.randint(0, text.vocab_size, (rows, length), device=model.device)
-        rate = rows * length / statistics.median(_clock(lambda ids=ids: model(ids)) for _ in range(3))
+        seconds = []
+        for _ in range(3):
+            start = now()
+            model(ids)
+            _wait()
+            seconds.append(now() - start)
+        rate = rows * length / statistics.median(seconds)
         if rate < 0.9 * best[0]:
             break
         best = max(best, (rate, rows))
     return best
 
 
-def _clock(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
+def _timed(method: Method, prompts: list[Prompt], *, cpu_time: bool) -> tuple[int, float]:
+    """How many tokens it samples, and the seconds."""
+    now = method.cpu_seconds if cpu_time else time.perf_counter
+    start = now()
+    tokens = method.tokens(prompts)
+    _wait()
+    return tokens, now() - start
+
+
+def _wait() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-    return time.perf_counter() - start
 
 
 def _compare(arguments: argparse.Namespace, folder: str, dtype: str) -> dict[str, Any]:
     prompts = _prompts(arguments)
-    methods = {name: method(arguments, folder, dtype) for name, method in METHODS.items()}
+    methods = {name: METHODS[name](arguments, folder, dtype) for name in arguments.methods}
     for method in methods.values():
         method.tokens(prompts[:2])
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
     for repeat in range(arguments.repeats):
         for name in sorted(methods, reverse=repeat % 2 == 1):
-            tokens = 0
-
-            def work(method: Ours | Recipe = methods[name]) -> None:
-                nonlocal tokens
-                tokens = method.tokens(prompts)
-
-            seconds = _clock(work)
+            tokens, seconds = _timed(methods[name], prompts, cpu_time=arguments.cpu_time)
+            print(f"{dtype}, {name}: {tokens} tokens in {seconds:.1f} s", file=sys.stderr, flush=True)
             runs[name].append({"tokens_per_second": tokens / seconds, "prompts_per_second": len(prompts) / seconds})
-    ours, recipe = methods["ours"], methods["recipe"]
-    assert isinstance(ours, Ours)
-    assert isinstance(recipe, Recipe)
-    differences = [abs(c.logprob - recipe.logprob(prompts[0], c.token_ids)) for c in ours(prompts[:1])]
-    most, rows = limit(recipe.model)
-    pairs = zip(runs["ours"], runs["recipe"], strict=True)
-    return {
+    for method in methods.values():
+        method.close()
+    most, rows = limit(load(folder, dtype, arguments.device), cpu_time=arguments.cpu_time)
+    found = {
         "dtype": dtype,
         "runs": runs,
-        "ratio": [a["prompts_per_second"] / b["prompts_per_second"] for a, b in pairs],
+        "ratios": {name: _ratios(runs["ours"], runs[name]) for name in runs if name != "ours"},
         "limit": {"tokens_per_second": most, "rows": rows},
         "share_of_limit": [run["tokens_per_second"] / most for run in runs["ours"]],
-        "memory_mb": {name: _memory_in_child(arguments, folder, dtype, name) for name in methods},
-        "largest_logprob_difference": max(differences),
+        "memory_mb": {name: _memory_in_child(arguments, folder, dtype, name) for name in runs if name in MEASURED},
     }
+    recipe = methods.get("recipe")
+    if isinstance(recipe, Recipe) and isinstance(methods["ours"], Ours):
+        answers = methods["ours"](prompts[:1])
+        differences = [abs(c.logprob - recipe.logprob(prompts[0], c.token_ids)) for c in answers]
+        found["largest_logprob_difference"] = max(differences)
+    return found
+
+
+def _ratios(ours: list[dict[str, float]], others: list[dict[str, float]]) -> list[float]:
+    return [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(ours, others, strict=True)]
 
 
 def _memory_in_child(arguments: argparse.Namespace, folder: str, dtype: str, method: str) -> float:
@@ -248,7 +208,7 @@ def _memory_in_child(arguments: argparse.Namespace, folder: str, dtype: str, met
 def _memory(arguments: argparse.Namespace) -> dict[str, float]:
     """Largest memory during the work above what the loaded model takes, MB."""
     method = METHODS[arguments.memory_of](arguments, arguments.model, arguments.dtype[0])
-    model = method.model if isinstance(method, Recipe) else method._policy._model  # noqa: SLF001
+    model = method.model
     with torch.inference_mode():
         model(torch.zeros(1, 2, dtype=torch.long, device=model.device))
     prompts = _prompts(arguments)
@@ -276,17 +236,20 @@ def _show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     name = Path(arguments.model).name if arguments.model else "the built-in world's policy"
     shape = f"{arguments.prompts} prompts x {arguments.n} x {arguments.max_new_tokens} tokens"
     print(f"{name}, {result['dtype']}, {shape}, {torch.get_num_threads()} threads, {arguments.repeats} repeats")
+    if arguments.cpu_time:
+        print("  every second is one of CPU time")
     for method, runs in result["runs"].items():
-        print(f"  {method:7} prompts/s      {spread([run['prompts_per_second'] for run in runs])}")
-        print(f"  {method:7} tokens/s       {spread([run['tokens_per_second'] for run in runs])}")
-        print(f"  {method:7} peak memory    {result['memory_mb'][method]:9.0f} MB above the model")
-    memory = result["memory_mb"]
-    print(f"  ours / recipe, prompts/s   {spread(result['ratio'])}")
-    print(f"  ours / recipe, memory      {memory['ours'] / memory['recipe']:9.2f}")
+        print(f"  {method:10} prompts/s         {spread([run['prompts_per_second'] for run in runs])}")
+        print(f"  {method:10} tokens/s          {spread([run['tokens_per_second'] for run in runs])}")
+    for method, ratios in result["ratios"].items():
+        print(f"  ours / {method:10} tokens/s   {spread(ratios)}")
     most = result["limit"]
-    print(f"  limit (forward pass)       {most['tokens_per_second']:9.0f} tokens/s, at {most['rows']} rows")
-    print(f"  ours, share of the limit   {spread(result['share_of_limit'])}")
-    print(f"  largest difference between the two log-likelihoods: {result['largest_logprob_difference']:.1e} nats")
+    print(f"  limit (forward pass)          {most['tokens_per_second']:9.0f} tokens/s, at {most['rows']} rows")
+    print(f"  ours, share of the limit      {spread(result['share_of_limit'])}")
+    for method, memory in result["memory_mb"].items():
+        print(f"  {method:10} peak memory       {memory:9.0f} MB above the model")
+    if "largest_logprob_difference" in result:
+        print(f"  largest difference from the recipe's log-likelihood: {result['largest_logprob_difference']:.1e} nats")
 
 
 if __name__ == "__main__":

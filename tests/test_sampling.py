@@ -22,6 +22,7 @@ from dissonance.errors import DataError, DissonanceError, ModelError
 from dissonance.records import Completion, Message, Prompt
 from dissonance.sampling import HFPolicy, HFReference, decode
 from dissonance.sampling.draw import draw, keyed_uniforms, token_logprobs
+from dissonance.sampling.shared_prefix import share_prefixes, shares_prefixes
 
 
 def prompts(count: int = 6) -> list[Prompt]:
@@ -95,7 +96,7 @@ def test_plan_fits_the_budget_and_loses_nothing(policy_folder: Path) -> None:
     assert len(batches) > 1
     for batch in batches:
         longest = max(len(p.messages[0].content.split()) for p in batch) + 2
-        assert len(batch) == 1 or len(batch) * 5 * (longest + 12) <= 300
+        assert len(batch) == 1 or len(batch) * (longest + 5 * 12) <= 300  # a prompt's keys are held once
 
 
 def test_out_of_memory_halves_the_batch_and_goes_on(policy_folder: Path, capsys: Any) -> None:
@@ -363,3 +364,98 @@ def test_a_gguf_file_is_a_policy(gguf_file: Path) -> None:
         assert c.logprob == pytest.approx(total, abs=1e-3)
     with pytest.raises(ModelError, match="no such file"):
         HFPolicy(config(gguf_file.with_name("other.gguf")))
+
+
+def shared_and_plain(folder: Path, **settings: Any) -> tuple[HFPolicy, HFPolicy]:
+    """The same policy with prompts whose keys are shared among their rows, and with a copy for every row."""
+    shared, plain = HFPolicy(config(folder, **settings)), HFPolicy(config(folder, **settings))
+    assert shares_prefixes(shared._model)
+    plain._model.set_attn_implementation("sdpa")
+    return shared, plain
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(("count", "n"), [(6, 5), (1, 7), (5, 2)])
+def test_sharing_a_prompt_changes_nothing_but_rounding(make_policy: Any, kind: str, count: int, n: int) -> None:
+    folder = make_policy(kind)
+    found, expected = (sample(policy, prompts(count)) for policy in shared_and_plain(folder, n=n))
+    assert len(found) == count * n
+    for key, c in expected.items():
+        assert found[key].token_ids == c.token_ids
+        assert found[key].logprob == pytest.approx(c.logprob, abs=1e-5)
+
+
+def test_rows_that_finish_leave_a_shared_prompt(make_policy: Any) -> None:
+    folder = make_policy(seed=2)
+    settings_file = folder / "generation_config.json"
+    ends = list(range(2, 50))
+    settings_file.write_text(json.dumps(json.loads(settings_file.read_text()) | {"eos_token_id": ends}))
+    shared, plain = shared_and_plain(folder, n=9)
+    prefixes: list[int] = []
+    shared._model.register_forward_pre_hook(
+        lambda _, __, kwargs: (
+            prefixes.append(len(kwargs["past_key_values"].layers[0].prefix_keys))
+            if kwargs["past_key_values"] is not None
+            else None
+        ),
+        with_kwargs=True,
+    )
+    found, expected = sample(shared, prompts()), sample(plain, prompts())
+    assert len({len(c.token_ids) for c in found.values()}) > 3
+    assert prefixes[0] == 6 > prefixes[-1]  # a prompt none of whose rows go on is dropped too
+    for key, c in expected.items():
+        assert found[key].token_ids == c.token_ids
+        assert found[key].logprob == pytest.approx(c.logprob, abs=1e-5)
+
+
+@pytest.mark.parametrize("together", [1, 10, 10_000])
+def test_shared_prompts_are_read_in_any_number_at_a_time(
+    policy_folder: Path, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    shared, plain = shared_and_plain(policy_folder)
+    monkeypatch.setattr(decode, "_READ_TOGETHER", together)
+    found, expected = sample(shared, prompts()), sample(plain, prompts())
+    assert {k: c.token_ids for k, c in found.items()} == {k: c.token_ids for k, c in expected.items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("slice_", [1, 60, 10_000])
+def test_several_tokens_at_once_behind_a_shared_prompt(
+    make_policy: Any, monkeypatch: pytest.MonkeyPatch, kind: str, slice_: int
+) -> None:
+    folder = make_policy(kind)
+    policy = HFPolicy(config(folder))
+    found = sample(policy, prompts())
+    monkeypatch.setattr(decode, "_FORCED_LOGITS", slice_)
+    ids = [[found[p.prompt_id, i].token_ids for i in range(5)] for p in prompts()]
+    values = decode.teacher_force(policy._model, [policy._encode(p) for p in prompts()], ids)
+    for p, row in zip(prompts(), values, strict=True):
+        for i, value in enumerate(row):
+            assert value == pytest.approx(independent_logprob(folder, p, found[p.prompt_id, i]), abs=1e-5)
+
+
+def test_a_shared_prompt_in_bfloat16_rounds_like_copies_of_it(policy_folder: Path) -> None:
+    shared, plain = shared_and_plain(policy_folder, dtype="bfloat16")
+    found = sample(shared, prompts())
+    ids = [[found[p.prompt_id, i].token_ids for i in range(5)] for p in prompts()]
+    copies = decode.teacher_force(plain._model, [plain._encode(p) for p in prompts()], ids)
+    for p, row in zip(prompts(), copies, strict=True):
+        assert row == pytest.approx([found[p.prompt_id, i].logprob for i in range(5)], abs=0.25)
+
+
+def test_attention_that_is_not_plain_keeps_its_own(make_policy: Any) -> None:
+    assert not shares_prefixes(HFPolicy(config(make_policy("mistral")))._model)  # it has a sliding window
+    eager = AutoModelForCausalLM.from_pretrained(make_policy(), attn_implementation="eager")
+    share_prefixes(eager)
+    assert not shares_prefixes(eager)
+
+
+def test_a_token_is_found_by_its_block_as_by_the_whole_sum() -> None:
+    torch.manual_seed(0)
+    for size in (1, 255, 256, 257, 1000, 49_152):
+        logits, uniforms = torch.randn(64, size) * 4, torch.rand(64, dtype=torch.float64)
+        cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+        expected = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1]).unsqueeze(-1), right=True).squeeze(-1)
+        tokens, logprobs = draw(logits, uniforms, 1.0, 1.0)
+        assert torch.equal(tokens, expected)
+        assert torch.allclose(logprobs, token_logprobs(logits, tokens), atol=1e-5)

@@ -7,6 +7,7 @@ common.py   what holds of completions wherever they are drawn
 decode.py   the decoding loop over a shared prefix, and teacher forcing for a reference model
 draw.py     one token per row by inverse CDF from keyed uniforms, and its raw log-probability
 cache.py    a key-value cache that does not move as it grows
+shared_prefix.py  attention in which the rows of a prompt share its keys and values, on CPUs
 """
 
 from dissonance.config import PolicyConfig

@@ -1,5 +1,7 @@
 """A key-value cache that is allocated once and does not move as it grows."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -12,14 +14,18 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is 
     128 rows. It hands out views of the filled part, so attention sees exactly what it would have seen.
     """
 
+    def __init__(self, like: DynamicLayer, keys: Tensor, values: Tensor, room: int) -> None:
+        """Hold these keys and values, with room for `room` more positions; data type and device are `like`'s."""
+        super().__init__()
+        self._room = room
+        self.dtype, self.device, self.is_initialized = like.dtype, like.device, True
+        self._adopt(keys, values)
+
     @classmethod
     def from_dynamic(cls, layer: DynamicLayer, repeats: int, room: int) -> "PreallocatedLayer":
         """Repeat a prompt's keys and values for its completions, with room for `room` more positions."""
-        self = cls()
-        self._room = room
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self._adopt(layer.keys.repeat_interleave(repeats, dim=0), layer.values.repeat_interleave(repeats, dim=0))
-        return self
+        keys, values = (part.repeat_interleave(repeats, dim=0) for part in (layer.keys, layer.values))
+        return cls(layer, keys, values, room)
 
     def _adopt(self, keys: Tensor, values: Tensor) -> None:
         length = keys.shape[-2]
@@ -57,3 +63,17 @@ def expand_cache(cache: Cache, repeats: int, room: int) -> Cache:
     else:
         cache.batch_repeat_interleave(repeats)
     return cache
+
+
+def join_caches(caches: Sequence[Cache]) -> Cache:
+    """One cache of the prompts of several, padded on the left to the longest."""
+    first = caches[0]
+    for index, layer in enumerate(first.layers):
+        parts = [cache.layers[index] for cache in caches]
+        layer.keys, layer.values = _join([part.keys for part in parts]), _join([part.values for part in parts])
+    return first
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    longest = max(part.shape[-2] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, longest - part.shape[-2], 0)) for part in parts])

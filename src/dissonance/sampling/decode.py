@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
-from dissonance.sampling.cache import expand_cache
+from dissonance.sampling.cache import expand_cache, join_caches
 from dissonance.sampling.draw import draw, token_logprobs
+from dissonance.sampling.shared_prefix import SharedPrefix, shares_prefixes
 
 # Dropping finished rows copies the cache, so it waits until an eighth of the rows are finished.
 _COMPACT_SHARE = 8
+# Tokens of prompts read at once where rows share them: more gain nothing there, and pad short prompts to long ones.
+_READ_TOGETHER = 512
 # Rows x positions of logits held at once under teacher forcing.
 _FORCED_LOGITS = 512
 
@@ -41,15 +45,32 @@ class CachedForward:
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], repeats: int, room: int) -> None:
         self._model = model
         self._accepts = set(inspect.signature(model.forward).parameters)
+        self._shared: SharedPrefix | None = None
         ids, mask = _left_pad(prompts, model.device)
-        padded = not bool(mask.all())
-        lengths = mask.sum(dim=-1)
-        logits, cache = self._forward(ids, mask if padded else None, (mask.cumsum(dim=-1) - 1).clamp(min=0), None, 1)
-        self.logits: Tensor = logits[:, -1].repeat_interleave(repeats, dim=0)
+        padding = None if bool(mask.all()) else mask
+        shares = shares_prefixes(model)
+        read = self._read(ids, mask, max(1, _READ_TOGETHER // ids.shape[1]) if shares else len(ids))
+        self.logits: Tensor = torch.cat([logits for logits, _ in read]).repeat_interleave(repeats, dim=0)
         """Of the next token, (rows, vocabulary)."""
-        self._cache = expand_cache(cache, repeats, room)
-        self._mask = mask.repeat_interleave(repeats, dim=0) if padded else None
-        self._lengths = lengths.repeat_interleave(repeats, dim=0)
+        self._lengths = mask.sum(dim=-1).repeat_interleave(repeats, dim=0)
+        self._mask = None if shares or padding is None else padding.repeat_interleave(repeats, dim=0)
+        if shares:
+            self._cache = join_caches([cache for _, cache in read])
+            self._shared = SharedPrefix(self._cache, padding, repeats, room)
+        else:
+            self._cache = expand_cache(read[0][1], repeats, room)
+
+    def _read(self, ids: Tensor, mask: Tensor, together: int) -> list[tuple[Tensor, Cache]]:
+        """What follows some of the prompts at a time, (prompts, vocabulary), and the cache after them."""
+        read = []
+        for first in range(0, len(ids), together):
+            kept = mask[first : first + together]
+            longest = int(kept.sum(dim=-1).max())
+            kept = kept[:, -longest:]
+            padding, positions = None if bool(kept.all()) else kept, (kept.cumsum(dim=-1) - 1).clamp(min=0)
+            logits, cache = self._forward(ids[first : first + together, -longest:], padding, positions, None, 1)
+            read.append((logits[:, -1], cache))
+        return read
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Feed (rows, time) tokens; logits of what follows each, (rows, time, vocabulary)."""
@@ -63,18 +84,18 @@ class CachedForward:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows only."""
-        self._cache.batch_select_indices(rows)
+        (self._shared.select if self._shared is not None else self._cache.batch_select_indices)(rows)
         self._lengths = self._lengths[rows]
         self._mask = None if self._mask is None else self._mask[rows]
 
     def _forward(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: object, keep: int
-    ) -> tuple[Tensor, object]:
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None, keep: int
+    ) -> tuple[Tensor, Cache]:
         optional = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
-        output = self._model(
-            input_ids=ids, past_key_values=cache, use_cache=True,
-            **{name: value for name, value in optional.items() if name in self._accepts},
-        )  # fmt: skip
+        given: dict[str, object] = {name: value for name, value in optional.items() if name in self._accepts}
+        if self._shared is not None:
+            given["shared_prefix"] = self._shared
+        output = self._model(input_ids=ids, past_key_values=cache, use_cache=True, **given)
         return output.logits, output.past_key_values
 
 

@@ -11,6 +11,7 @@ from dissonance.sampling.common import one_likelihood
 from dissonance.sampling.decode import Drawn, decode, teacher_force
 from dissonance.sampling.draw import stack_uniforms
 from dissonance.sampling.planner import HFPlanner
+from dissonance.sampling.shared_prefix import share_prefixes
 
 
 class HFPolicy:
@@ -27,6 +28,8 @@ class HFPolicy:
         self._planner = HFPlanner(config)
         self._encode = self._planner.encode
         self._model = load_language_model(config, "policy").to(resolve_device(config.device))
+        if self._model.device.type == "cpu":
+            share_prefixes(self._model)
         self._eos_ids = end_ids(self._model.generation_config, self._encode.tokenizer)
         self._row_limit: int | None = None
 
@@ -98,6 +101,8 @@ class HFReference:
         if load_tokenizer(own, "reference").get_vocab() != self._encode.tokenizer.get_vocab():
             raise ModelError(f"reference: {model} has another vocabulary than the policy: use the policy's own base")
         self._model = load_language_model(own, "reference")
+        if self._device.type == "cpu":
+            share_prefixes(self._model)
 
     def logprobs(self, prompts: Sequence[Prompt], token_ids: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
         """Sums of log pi_ref over token_ids[i][j], nats; every prompt has equally many completions.

@@ -18,7 +18,9 @@ class HFPlanner:
 
     def __init__(self, config: PolicyConfig) -> None:
         self._config = config
-        self._budget = resolve_tokens_per_batch(config, resolve_device(config.device))
+        device = resolve_device(config.device)
+        self._budget = resolve_tokens_per_batch(config, device)
+        self._copies = 1 if device.type == "cpu" else config.n  # of a prompt's keys: on CPUs its answers share them
         self._context = getattr(check_generates(config, "policy").get_text_config(), "max_position_embeddings", None)
         self.encode = PromptEncoder(config)
         """Prompt -> token ids."""
@@ -34,11 +36,11 @@ class HFPlanner:
         batches: list[list[Prompt]] = []
         for prompt in sorted(prompts, key=lambda p: -lengths[p.prompt_id]):
             # Longest first: a batch's first prompt bounds its width, and memory runs out early or not at all.
-            if batches and self._rows_cost(len(batches[-1]) + 1, lengths[batches[-1][0].prompt_id]) <= self._budget:
+            if batches and self._tokens_held(len(batches[-1]) + 1, lengths[batches[-1][0].prompt_id]) <= self._budget:
                 batches[-1].append(prompt)
             else:
                 batches.append([prompt])
         return batches
 
-    def _rows_cost(self, prompts: int, longest: int) -> int:
-        return prompts * self._config.n * (longest + self._config.max_new_tokens)
+    def _tokens_held(self, prompts: int, longest: int) -> int:
+        return prompts * (self._copies * longest + self._config.n * self._config.max_new_tokens)
