@@ -51,6 +51,10 @@ bench: $(INSTALLED)
 	test ! -e $(BASE) || $(BIN)/python benchmarks/sampling.py --model $(dir $(BASE)) --dtype float32 bfloat16
 	$(BIN)/python benchmarks/rewards.py
 	$(BIN)/python benchmarks/refine.py
+	$(BIN)/python benchmarks/scale.py audit
+	$(BIN)/python benchmarks/scale.py audit --prompts 1000 10000 --engine ray
+	$(BIN)/python benchmarks/scale.py conflicts
+	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/labelling.py
 
 # The recipe of recipes/smollm2.md: a real model, a reward model trained by TRL, an audit.

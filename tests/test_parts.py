@@ -1,13 +1,15 @@
 """Parts of stages in flight, in a folder and in a storage over the network."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from dissonance.errors import RunError, SettingsError
-from dissonance.parts import Parts
+from dissonance.artifacts import create_run
+from dissonance.errors import DissonanceError, RunError, SettingsError
+from dissonance.parts import Parts, check_storage, parts_of
 from storage import ftp
 
 TABLE = pa.table({"prompt_id": ["a", "b"], "reward": [1.5, -2.0]})
@@ -47,3 +49,32 @@ def test_a_part_comes_back_as_it_went(parts: Parts, tmp_path: Path) -> None:
 def test_what_is_no_storage_is_said() -> None:
     with pytest.raises(SettingsError, match="nowhere://there is no storage"):
         Parts("nowhere://there").names()
+    with pytest.raises(SettingsError, match="--storage runs/x is no URL"):
+        check_storage("runs/x")
+    with pytest.raises(DissonanceError, match="ftp://127.0.0.1:9/x"):
+        check_storage("ftp://127.0.0.1:9/x")
+
+
+def test_a_process_sees_what_another_has_written_since_it_looked(tmp_path: Path) -> None:
+    with ftp(tmp_path) as address:
+        here, there = Parts(f"{address}/parts"), Parts(tmp_path / "parts")
+        here.write("rewards", 0, 0, TABLE, 0.0)
+        assert len(here.names()) == 1
+        there.write("rewards", 0, 1, TABLE, 0.0)
+        (tmp_path / "parts" / "rewards-000000-00002.parquet.1f.tmp").write_bytes(b"PAR1")
+        assert len(here.names()) == 2
+        assert here.has("rewards", 0, 1)
+        assert here.read("rewards", 0, 1).equals(TABLE)
+
+
+def test_a_round_goes_on_where_its_parts_are(tmp_path: Path) -> None:
+    with create_run(tmp_path / "run", "audit", {}, {}) as run, ftp(tmp_path / "run") as address:
+        parts_of(run.round(), address)
+        assert parts_of(run.round(), address).place == f"{address}/{run.run_id}/round-000"
+        for other in (None, "s3://elsewhere"):
+            with pytest.raises(RunError, match=f"begun with --storage {address}"):
+                parts_of(run.round(), other)
+        shutil.rmtree(run.round() / "parts")
+        parts_of(run.round()).write("rewards", 0, 0, TABLE, 0.0)
+        with pytest.raises(RunError, match="begun with no --storage"):
+            parts_of(run.round(), address)

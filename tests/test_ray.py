@@ -19,11 +19,20 @@ from storage import ftp
 
 STORE = 80 << 20
 REWARDS = """
+import os
 import time
+from pathlib import Path
+HERE = Path(__file__).parent
 def quick(prompts, completions):
     return [float(len(set(c.split()))) for c in completions]
 def slow(prompts, completions):
     time.sleep(0.5)
+    return quick(prompts, completions)
+def gated(prompts, completions):
+    if len(completions) > 1:
+        (HERE / f"busy-{os.getpid()}").touch()
+        while not (HERE / "go").exists():
+            time.sleep(0.05)
     return quick(prompts, completions)
 """
 
@@ -81,11 +90,6 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one[name].equals(other[name]) for name in one)
 
 
-def actors(above: psutil.Process) -> list[psutil.Process]:
-    """The actors of a pipeline under a process, that compute."""
-    return [child for child in above.children(recursive=True) if "MapWorker" in "".join(child.cmdline()[:1])]
-
-
 def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -141,15 +145,17 @@ def test_what_is_killed_in_the_middle_costs_its_batches_only(
     doomed = cluster.add_node(num_cpus=1, object_store_memory=STORE)
     raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
     out = tmp_path / "run"
-    running = command(*audit(policy_folder, "rewards:slow", folder / "prompts.jsonl", out, **on(cluster)), cwd=folder)
-    until(lambda: parts(out, "rewards"))
-    busy = until(lambda: actors(raylet))
-    assert parts(out, "rewards") < parts(out, "completions")
+    running = command(*audit(policy_folder, "rewards:gated", folder / "prompts.jsonl", out, **on(cluster)), cwd=folder)
+    # The pool grows until every node has an actor, and each is at a batch.
+    busy = until(lambda: [one for one in raylet.children(recursive=True) if (folder / f"busy-{one.pid}").exists()])
+    assert not parts(out, "rewards")
     if victim == "node":
         cluster.remove_node(doomed, allow_graceful=False)
     else:
         busy[0].kill()
+    (folder / "go").touch()
     code, _, err = ended(running)
+    (folder / "go").unlink()
     assert code == 0, err
     if victim != "node":
         cluster.remove_node(doomed)
@@ -202,7 +208,7 @@ def test_what_a_worker_finds_wrong_is_said_as_here(
         )
     )
     assert code == 2
-    assert "no room for a worker" in err
+    assert "no node has room for a worker of 1 CPU, 1 GPU" in err
 
 
 def test_nodes_that_share_no_disk_leave_their_parts_in_a_storage(

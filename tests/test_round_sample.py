@@ -71,6 +71,28 @@ def test_reports_say_that_they_show_a_sample(folder: Path, monkeypatch: pytest.M
     assert rho == pytest.approx(exact, abs=0.05)
 
 
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_a_few_prompts_with_many_completions_are_shown(prompts: int, tmp_path: Path) -> None:
+    rng, n = np.random.default_rng(0), 70_000
+    table = {
+        "prompt_id": np.repeat([f"p{i}" for i in range(prompts)], n),
+        "n_tokens": rng.integers(1, 9, n * prompts),
+        "logprob": -rng.random(n * prompts),
+        "reward": rng.normal(size=n * prompts),
+    }
+    with sampled(round_of(table, tmp_path)) as shown:
+        assert len(read(shown, "prompts")) == 1
+        assert len(read(shown, "completions")) == n
+
+
+def round_of(table: dict[str, Any], tmp_path: Path) -> Path:
+    """The two tables that `conflicts` would leave, but for what a sample does without."""
+    ids, counts = np.unique(table["prompt_id"], return_counts=True)
+    pq.write_table(pa.table(table), tmp_path / "completions.parquet")
+    pq.write_table(pa.table({"prompt_id": ids, "n_completions": counts}), tmp_path / "prompts.parquet")
+    return tmp_path
+
+
 def test_completions_in_another_order_are_found_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / "round-000" / "completions.parquet"
     pq.write_table(pq.read_table(path).sort_by([("reward", "ascending")]), path)

@@ -10,7 +10,8 @@ from dissonance.artifacts import atomic_path
 from dissonance.config import ModelConfig, PolicyConfig, RefiningConfig, RewardConfig, RunConfig
 from dissonance.errors import SettingsError
 from dissonance.launch import command_of
-from dissonance.measuring import audit_inputs, audit_settings, measured_before
+from dissonance.measuring import LOCAL, audit_inputs, audit_settings, measured_before
+from dissonance.models import Engine
 from dissonance.prompts import load_prompts
 from dissonance.round_labels import annotator_settings
 from dissonance.round_training import GivenPairs, check_evaluation, pairs_of_round, read_pairs
@@ -56,12 +57,13 @@ def check_refining(config: RefiningConfig, *, trains_reward_model: bool = True) 
         raise SettingsError("evaluation.likelihood is relative: set policy.reference, or take another")
 
 
-def plan(config: RunConfig, audit: Path | None = None) -> dict[str, Any]:
+def plan(config: RunConfig, audit: Path | None = None, engine: Engine = LOCAL) -> dict[str, Any]:
     """Read every file, look for every model, and say what the run would do.
 
     Args:
         config: the settings.
         audit: a run whose measurements would be taken over.
+        engine: where the rounds would be measured.
 
     Returns:
         prompts, held_out_prompts, completions and judgements a round; rounds; pairs by file; reward_model and policy,
@@ -74,7 +76,9 @@ def plan(config: RunConfig, audit: Path | None = None) -> dict[str, Any]:
     check(config)
     if audit is not None:
         everything = load_prompts(**{**config.prompts.model_dump(), "sample": None})
-        measured_before(audit, config.audit, audit_settings(config.audit), audit_inputs(config.audit, everything))
+        measured_before(
+            audit, config.audit, audit_settings(config.audit, engine), audit_inputs(config.audit, everything)
+        )
     return plan_with(config, read_pairs(config.preferences))
 
 

@@ -48,8 +48,8 @@ class ModelConfig(Section):
     dtype: Dtype = "auto"
     """`auto`: bfloat16 on a GPU that computes in it, else float32."""
     tokens_per_batch: int | None = Field(None, ge=1)
-    """Bound on the tokens of one batch, by default 8,192 on a CPU and 131,072 on a GPU: rows x (prompt + new tokens); of
-    a policy on a CPU, whose answers share their prompt, prompts x prompt tokens + rows x new tokens."""
+    """Bound on the tokens of one batch, by default 8,192 on a CPU and 131,072 on a GPU: rows x (prompt + new tokens).
+    On a CPU a policy's prompt counts once, since its answers share its keys (those of models that can)."""
     trust_remote_code: bool = False
     server: ServerConfig | None = None
     """Serves this very model; tokenizer and template are still read from `model`. None runs it in this process."""

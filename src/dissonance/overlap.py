@@ -31,7 +31,8 @@ def overlapped(
                 running[pool.submit(compute, item)] = item
             if not running:
                 return
-            for done in wait(running, return_when=FIRST_COMPLETED).done:
+            finished = wait(running, return_when=FIRST_COMPLETED).done
+            for done in sorted(finished, key=lambda one: one.exception() is not None):  # what was computed comes first
                 yield running.pop(done), done.result()
     finally:
         if running:

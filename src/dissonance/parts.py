@@ -5,7 +5,10 @@ settings alone, a batch whose file stands need not be computed again, and gives 
 """
 
 import io
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,10 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dissonance.artifacts import read_table, write_table
+from dissonance.artifacts import find_run, read_json, read_table, write_json, write_table
 from dissonance.errors import DissonanceError, RunError, SettingsError
+
+_NOTE = "storage.json"
 
 
 @dataclass(frozen=True)
@@ -33,15 +38,18 @@ class Parts:
         """Every batch that is there; one listing, since a storage far away answers slowly."""
         if isinstance(self.place, Path):
             return frozenset(str(path) for path in self.place.glob("*.parquet"))
-        storage, folder = self._storage()
-        if not storage.exists(folder):
-            return frozenset()
-        return frozenset(f"{self.place}/{name.rsplit('/', 1)[-1]}" for name in storage.ls(folder, detail=False))
+        with _storage(self.place) as (storage, folder):
+            found = storage.ls(folder, detail=False) if storage.exists(folder) else []
+        names = (name.rsplit("/", 1)[-1] for name in found)
+        return frozenset(f"{self.place}/{name}" for name in names if name.endswith(".parquet"))
 
     def has(self, stage: str, window: int, batch: int) -> bool:
         """Whether a batch is there."""
         name = self.name(stage, window, batch)
-        return Path(name).exists() if isinstance(self.place, Path) else bool(self._storage()[0].exists(name))
+        if isinstance(self.place, Path):
+            return Path(name).exists()
+        with _storage(name) as (storage, path):
+            return bool(storage.exists(path))
 
     def write(self, stage: str, window: int, batch: int, table: pa.Table, seconds: float) -> None:
         """Store a batch and the time it took; it is there whole or not at all.
@@ -56,15 +64,15 @@ class Parts:
             self.place.mkdir(parents=True, exist_ok=True)
             write_table(Path(name), table)
             return
-        storage, folder = self._storage()
         whole = io.BytesIO()
         pq.write_table(table, whole, compression="zstd")
-        try:
-            storage.makedirs(folder, exist_ok=True)
-            with fsspec.open(name, "wb") as file:
+        with _storage(name) as (storage, path):
+            storage.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            # Not every storage has a file whole or not at all: a worker may be killed as it writes.
+            temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+            with storage.open(temporary, "wb") as file:
                 file.write(whole.getvalue())
-        except OSError as error:
-            raise DissonanceError(f"{name} cannot be written: {error}: what is done is kept, run it again") from error
+            storage.mv(temporary, path)
 
     def read(self, stage: str, window: int, batch: int) -> pa.Table:
         """One batch.
@@ -75,24 +83,68 @@ class Parts:
         name = self.name(stage, window, batch)
         if isinstance(self.place, Path):
             return read_table(Path(name))
-        try:
-            with fsspec.open(name, "rb") as file:
-                return pq.read_table(file)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise RunError(f"{name} cannot be read: {error}") from error
+        with _storage(name) as (storage, path):
+            try:
+                with storage.open(path, "rb") as file:
+                    return pq.read_table(io.BytesIO(file.read()))
+            except (FileNotFoundError, pa.ArrowInvalid) as error:
+                raise RunError(f"{name} cannot be read: {error}") from error
 
     def remove(self) -> None:
         """Forget every batch."""
         if isinstance(self.place, Path):
             shutil.rmtree(self.place, ignore_errors=True)
             return
-        storage, folder = self._storage()
-        if storage.exists(folder):
-            storage.rm(folder, recursive=True)
+        with _storage(self.place) as (storage, folder):
+            if storage.exists(folder):
+                storage.rm(folder, recursive=True)
 
-    def _storage(self) -> tuple[Any, str]:
-        try:
-            found: tuple[Any, str] = fsspec.core.url_to_fs(str(self.place))
-        except (ImportError, ValueError) as error:
-            raise SettingsError(f"{self.place} is no storage that can be used here: {error}") from error
-        return found
+
+def check_storage(storage: str) -> None:
+    """Find out whether a storage can be used.
+
+    Raises:
+        SettingsError: it is no URL, or fsspec does not know it.
+        DissonanceError: it does not answer.
+    """
+    if "://" not in storage:
+        raise SettingsError(
+            f"--storage {storage} is no URL: leave it out for the run folder, or write s3://bucket/folder"
+        )
+    Parts(storage).names()
+
+
+def parts_of(folder: Path, storage: str | None = None) -> Parts:
+    """The parts of a round: in its folder, or in a storage, which a note in the folder names from then on.
+
+    Raises:
+        RunError: the round was begun with its parts in another place.
+    """
+    note = folder / "parts" / _NOTE
+    began = read_json(note)["storage"] if note.is_file() else None
+    if began != storage and (note.is_file() or any(folder.glob("parts/*.parquet"))):
+        where = f"--storage {began}" if began else "no --storage"
+        raise RunError(f"{folder} was begun with {where}: go on with that, or choose another --out")
+    if storage is None:
+        return Parts(folder.resolve() / "parts")
+    if began is None:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, {"storage": storage})
+    return Parts(f"{storage.rstrip('/')}/{find_run(folder.parent).run_id}/{folder.name}")
+
+
+@contextmanager
+def _storage(url: str) -> Iterator[tuple[Any, str]]:
+    """A storage, and a URL's path in it; its many errors become one of ours.
+
+    Nothing is remembered of a listing: other processes write beside this one.
+    """
+    try:
+        yield fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except DissonanceError:
+        raise
+    except (ImportError, ValueError) as error:
+        raise SettingsError(f"{url} is no storage that can be used here: {error}") from error
+    except Exception as error:  # each storage has its own
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DissonanceError(f"{url}: the storage says: {said}: what is done is kept, run it again") from error

@@ -11,6 +11,7 @@ from dissonance.records import PROMPTS_SCHEMA, Message, Prompt, messages_column
 
 _SCHEMA = pa.schema([PROMPTS_SCHEMA.field(name) for name in ("prompt_id", "messages", "category")])
 _CHUNK = 1024
+_GATHERED = 1 << 30
 
 
 class PromptTable(Sequence[Prompt]):
@@ -62,11 +63,14 @@ class PromptTable(Sequence[Prompt]):
 
     def __reduce__(self) -> tuple[type["PromptTable"], tuple[pa.Table]]:
         # A slice would bring along what it was cut from.
-        return PromptTable, (self._columns.take(pa.array(range(len(self)), pa.int64())),)
+        return PromptTable, (self.take(range(len(self)))._columns,)  # noqa: SLF001 - its own
 
     def take(self, rows: Sequence[int]) -> "PromptTable":
         """The prompts in these places, in this order."""
-        return PromptTable(self._columns.take(pa.array(rows, pa.int64())))
+        if self._columns.nbytes < _GATHERED:
+            return PromptTable(self._columns.take(pa.array(rows, pa.int64())))
+        # Arrow gathers a column's chunks in one, which holds no more than 2 GiB of text.
+        return PromptTable.of(self[row] for row in rows)
 
     def _part(self, start: int, stop: int) -> "PromptTable":
         return PromptTable(self._columns.slice(start, max(0, stop - start)))

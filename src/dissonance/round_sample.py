@@ -65,14 +65,17 @@ class _Taken:
 
 
 def _prompts(file: pq.ParquetFile, columns: list[str] | None, share: float, out: Path) -> _Taken:
-    rng, before = np.random.default_rng(0), 0
+    count, before, seen = file.metadata.num_rows, 0, 0
+    rng = np.random.default_rng(0)
+    chosen = np.sort(rng.choice(count, size=max(1, round(share * count)), replace=False, shuffle=False))
     ids, starts, ends = [], [], []
     with pq.ParquetWriter(out, _schema(file, columns)) as writer:
         for batch in file.iter_batches(_BATCH_ROWS, columns=columns):
             table = pa.Table.from_batches([batch])
             n = table["n_completions"].to_numpy().astype(np.int64)
             end = before + np.cumsum(n)
-            drawn = rng.random(len(n)) < share
+            drawn = np.isin(np.arange(seen, seen + len(n)), chosen)
+            seen += len(n)
             kept = table.filter(pa.array(drawn))
             writer.write_table(kept)
             ids.append(kept["prompt_id"])

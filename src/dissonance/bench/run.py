@@ -51,7 +51,7 @@ def bench(
         seeds: which of the config's sets.
         workers: processes; by default one for each core.
         executor: opens what runs at most so many settings and cells at once, in place of processes of this machine:
-            `dissonance.engine.tasks.task_pool`.
+            `dissonance.engine.tasks.TaskPool`.
         progress: opens the progress of the settings and cells.
 
     Returns:

@@ -15,9 +15,7 @@ RayAddress = Annotated[
     typer.Option(
         "--ray-address",
         metavar="ADDRESS",
-        envvar="RAY_ADDRESS",
-        show_envvar=True,
-        help="A running cluster: auto, or host:6379. Without one, Ray is started here.",
+        help="A running cluster: auto, or host:6379; default: what RAY_ADDRESS names, else one is started here.",
     ),
 ]
 Workers = Annotated[int | None, typer.Option("--workers", help="Ray actors of a pool, at most; default: all that fit.")]
@@ -37,9 +35,9 @@ def ray_options(engine: str, **given: Any) -> Any:
     """What `RayOptions` takes, None for the local engine; an option that needs Ray is a SettingsError without it."""
     named = {name: value for name, value in given.items() if value is not None}
     if engine == "local":
-        needless = [name for name in named if name != "address"]  # which may come from the environment
-        if needless:
-            option = {"cpus": "worker-cpus", "gpus": "worker-gpus"}.get(needless[0], needless[0])
+        if named:
+            first = next(iter(named))
+            option = {"address": "ray-address", "cpus": "worker-cpus", "gpus": "worker-gpus"}.get(first, first)
             raise SettingsError(f"--{option} is for --engine ray: add that, or leave it out")
         return None
     from dissonance.engine.ray import RayOptions

@@ -48,15 +48,15 @@ def run(
         given["feedback"] = {**(given.get("feedback") or {}), "store": store}
     settings = parse_section(RunConfig, given)
     out = out or config.with_suffix("")
+    where = engine_of(engine, address=ray_address, workers=workers, cpus=worker_cpus, gpus=worker_gpus, storage=storage)
     if dry_run:
         from dissonance.checks import plan
 
-        planned = plan(settings, audit)
+        planned = plan(settings, audit, where)
         say(planned, as_json, _plan_lines(planned))
         return
     from dissonance.loop import run as run_rounds
 
-    where = engine_of(engine, address=ray_address, workers=workers, cpus=worker_cpus, gpus=worker_gpus, storage=storage)
     try:
         found = run_rounds(
             settings, out, audit=audit, wait=wait, say=_on_stderr, progress=progress_of(silent), engine=where

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dissonance.config import AuditConfig, ModelConfig, RewardConfig
-from dissonance.parts import Parts
+from dissonance.parts import parts_of
 from dissonance.progress import ProgressFactory
 from dissonance.records import Prompt
 from dissonance.stages import (
@@ -43,7 +43,7 @@ class LocalEngine:
 
     def forget(self, folder: Path) -> None:
         """Remove the parts of a round whose tables stand."""
-        Parts(folder / "parts").remove()
+        parts_of(folder).remove()
 
 
 class LocalRound:
@@ -62,7 +62,7 @@ class LocalRound:
         """Sample, score and measure: leaves `completions.parquet` and `prompts.parquet` in a round's folder."""
         from dissonance.huggingface import free_memory
 
-        parts, n = Parts(folder / "parts"), self._config.policy.n
+        parts, n = parts_of(folder), self._config.policy.n
         stages = stages_of(self._config)
         for stage in stages:
             model = self._models.pop(stage, None) or load_model(stage, self._config)

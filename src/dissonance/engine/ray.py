@@ -12,17 +12,19 @@ was at, and a run that was killed goes on where it was.
 import logging
 import os
 import pickle
+import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dissonance import errors
-from dissonance.artifacts import find_run
 from dissonance.config import AuditConfig, ModelConfig
 from dissonance.engine.local import by_window_of, check_reward_model, load_model, stages_of
 from dissonance.errors import DissonanceError, SettingsError
-from dissonance.parts import Parts
+from dissonance.parts import Parts, check_storage, parts_of
 from dissonance.progress import ProgressFactory
 from dissonance.prompt_table import PromptTable
 from dissonance.records import Prompt
@@ -39,8 +41,10 @@ from dissonance.stages import (
 )
 from dissonance.summary import ConflictTally
 
-_BLOCKS = 1024
+_BLOCKS = 8192
 """Blocks of a pipeline, at most: each is a task, and its bookkeeping."""
+_RESTARTS = 16
+"""How often an actor that died is started again, and what it was at tried again: not for ever, it may be why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,7 @@ class RayOptions:
         if self.workers is not None and self.workers < 1:
             raise SettingsError(f"workers is {self.workers}: give at least 1")
         for name in ("cpus", "gpus"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise SettingsError(f"{name} of each worker is {getattr(self, name)}: give 0 or more")
 
 
@@ -90,34 +94,32 @@ class RayEngine:
         Raises:
             InputError: a model or a prompt cannot be used.
         """
-        return RayRound(self._pool, _absolute(config), prompts, self._parts)
+        self._pool.environment = _keys(config)
+        if self._options.storage is not None:
+            check_storage(self._options.storage)
+        return RayRound(self._pool, _absolute(config), prompts, self._options.storage)
 
     def forget(self, folder: Path) -> None:
         """Remove the parts of a round whose tables stand."""
-        self._parts(folder).remove()
-
-    def _parts(self, folder: Path) -> Parts:
-        if self._options.storage is None:
-            return Parts(folder.resolve() / "parts")
-        return Parts(f"{self._options.storage.rstrip('/')}/{find_run(folder.parent).run_id}/{folder.name}")
+        parts_of(folder, self._options.storage).remove()
+        Parts(folder / "parts").remove()
 
 
 class RayRound:
     """An audit that has planned its batches before it writes anything."""
 
-    def __init__(
-        self, pool: "_Pool", config: AuditConfig, prompts: Sequence[Prompt], place: Callable[[Path], Parts]
-    ) -> None:
+    def __init__(self, pool: "_Pool", config: AuditConfig, prompts: Sequence[Prompt], storage: str | None) -> None:
+        pool.check_devices(config)
         pool.once(_try, config, prompts[0])
-        self._pool, self._config, self._place = pool, config, place
+        self._pool, self._config, self._storage = pool, config, storage
         self._windows = windows_of(prompts)
-        planned = pool.each(_Planner, (config,), list(enumerate(self._windows)), gpus=False)
+        planned = pool.each(_Planner, (config,), list(enumerate(self._windows)), gpus=True)  # by whose device
         by_window = dict(planned)
         self._batches = [batch for w in range(len(self._windows)) for batch in by_window[w]]
 
     def measure(self, folder: Path, progress: ProgressFactory) -> dict[str, Any]:
         """Sample, score and measure: leaves `completions.parquet` and `prompts.parquet` in a round's folder."""
-        parts, n, stages = self._place(folder), self._config.policy.n, stages_of(self._config)
+        parts, n, stages = parts_of(folder, self._storage), self._config.policy.n, stages_of(self._config)
         for stage in stages:
             left = waiting(parts, stage, self._batches)
             with progress(stage.label, sum(len(batch.prompts) for batch in left) * n, "completions") as advance:
@@ -135,14 +137,30 @@ class _Pool:
     def __init__(self, options: RayOptions) -> None:
         self._options = options
         self._workers = workers_of(options)
+        self.environment: dict[str, str] = {}
+        """What the settings name of this process's environment: keys of servers."""
+
+    def check_devices(self, config: AuditConfig) -> None:
+        """Refuse to leave GPUs unused, or to share them unasked.
+
+        Raises:
+            SettingsError: the cluster has GPUs, and neither workers nor models are told what to do with them.
+        """
+        import ray
+
+        gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+        if gpus and not self._options.gpus and "auto" in {config.policy.device, config.reward_model.device}:
+            raise SettingsError(f"the cluster has {gpus:g} GPUs: give --worker-gpus 1, or --device cpu")
 
     def once(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function on a worker."""
         import ray
 
         options = self._options
-        remote = ray.remote(caught).options(num_cpus=options.cpus, num_gpus=options.gpus)
-        return value_of(ray.get(remote.remote(function, *arguments)))
+        remote = ray.remote(_Each.once).options(num_cpus=options.cpus, num_gpus=options.gpus)
+        with _ray_errors():
+            outcome = ray.get(remote.remote(self.environment, function, arguments))
+        return value_of(outcome)
 
     def each(self, worker: type, arguments: tuple[Any, ...], items: Sequence[Any], *, gpus: bool) -> Iterator[Any]:
         """What `worker(*arguments)` gives for each item, as they are done.
@@ -161,18 +179,18 @@ class _Pool:
         data = ray.data.from_items(rows, override_num_blocks=min(len(rows), _BLOCKS)).map_batches(
             _Each,
             batch_size=1,
-            fn_constructor_args=(worker, arguments),
+            fn_constructor_args=(worker, arguments, self.environment),
             compute=pool,
             num_cpus=options.cpus,
             num_gpus=options.gpus if gpus else 0,
+            max_restarts=_RESTARTS,
+            max_task_retries=_RESTARTS,
         )
         done = 0
-        try:
+        with _ray_errors():
             for row in data.iter_rows():
                 yield value_of(pickle.loads(row["outcome"]))  # noqa: S301 - what our own worker gave
                 done += 1
-        except ray.exceptions.RayError as error:
-            raise DissonanceError(f"Ray gave up: {_first_line(error)}: what was done is kept, run it again") from error
         if done != len(items):
             raise DissonanceError(f"Ray returned {done:,} of {len(items):,} pieces of work: run it again")
 
@@ -180,12 +198,29 @@ class _Pool:
 class _Each:
     """What a Ray actor runs: our errors come back as values, since Ray would wrap them."""
 
-    def __init__(self, worker: type, arguments: tuple[Any, ...]) -> None:
+    def __init__(self, worker: type, arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
+        os.environ.update(environment)
         self._worker, self._arguments = worker, arguments
         self._made: Any = None
+        self._failed: tuple[str | None, Any] | None = None
+
+    @staticmethod
+    def once(environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """Call a function in a worker of its own."""
+        os.environ.update(environment)
+        return caught(function, *arguments)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[bytes]]:
-        return {"outcome": [pickle.dumps(caught(self._one, item)) for item in rows["item"]]}
+        return {"outcome": [pickle.dumps(self._outcome(item)) for item in rows["item"]]}
+
+    def _outcome(self, item: bytes) -> tuple[str | None, Any]:
+        """After an error nothing more is computed: Ray hands over what a block gave when the block is done."""
+        if self._failed is not None:
+            return self._failed
+        outcome = caught(self._one, item)
+        if outcome[0] is not None:
+            self._failed = outcome
+        return outcome
 
     def _one(self, item: bytes) -> Any:
         if self._made is None:
@@ -243,7 +278,11 @@ def caught(function: Callable[..., Any], *arguments: Any, **named: Any) -> tuple
     try:
         return None, function(*arguments, **named)
     except DissonanceError as error:
-        return type(error).__name__, str(error)
+        known = (kind.__name__ for kind in type(error).__mro__ if vars(errors).get(kind.__name__) is kind)
+        return next(known), str(error)
+    except Exception as error:
+        traceback.print_exc()  # into the worker's log
+        return DissonanceError.__name__, f"a worker failed: {type(error).__name__}: {_last_line(error)}"
 
 
 def value_of(outcome: tuple[str | None, Any]) -> Any:
@@ -261,10 +300,9 @@ def _resolved(section: ModelConfig) -> dict[str, Any]:
 
 
 def _try(config: AuditConfig, prompt: Prompt) -> None:
-    from dissonance.language_model import check_generates
-
     check_reward_model(config.reward_model, prompt)
-    check_generates(config.policy, "policy")
+    for stage in stages_of(config):
+        load_model(stage, config)
 
 
 def connect(address: str | None) -> None:
@@ -286,7 +324,8 @@ def connect(address: str | None) -> None:
                 logging_level=logging.ERROR, runtime_env={"env_vars": _environment()},
             )  # fmt: skip
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise SettingsError(f"there is no Ray cluster at {address!r}: {_first_line(error)}") from error
+            asked = address or os.environ.get("RAY_ADDRESS")
+            raise SettingsError(f"there is no Ray cluster at {asked}: {_last_line(error)}") from error
     DataContext.get_current().enable_progress_bars = False  # ours says what was done
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
@@ -305,12 +344,16 @@ def workers_of(options: RayOptions) -> int:
     """
     import ray
 
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     asked = {"CPU": options.cpus, "GPU": options.gpus}
-    room = int(min((resources.get(name, 0.0) / share for name, share in asked.items() if share), default=1))
+    room = sum(
+        int(min((node.get(name, 0.0) / share for name, share in asked.items() if share), default=1)) for node in nodes
+    )
     if room < 1:
-        has, wants = (", ".join(f"{of.get(name, 0.0):g} {name}" for name in asked) for of in (resources, asked))
-        raise SettingsError(f"the cluster has {has}: no room for a worker of {wants}")
+        wants = ", ".join(f"{share:g} {name}" for name, share in asked.items())
+        largest = max((tuple(node.get(name, 0.0) for name in asked) for node in nodes), default=(0.0, 0.0))
+        has = ", ".join(f"{value:g} {name}" for value, name in zip(largest, asked, strict=True))
+        raise SettingsError(f"no node has room for a worker of {wants}: the largest has {has}")
     return options.workers or room
 
 
@@ -329,6 +372,25 @@ def _absolute(config: AuditConfig) -> AuditConfig:
     return config.model_copy(update={name: of.model_copy(update=whole(of)) for name, of in sections.items()})
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _keys(config: AuditConfig) -> dict[str, str]:
+    """The keys of the servers that the settings name, for the workers."""
+    servers = (config.policy.server, config.reward_model.server)
+    names = [server.api_key_env for server in servers if server is not None and server.api_key_env is not None]
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+@contextmanager
+def _ray_errors() -> Iterator[None]:
+    """Ray's errors are ours of one line."""
+    import ray
+
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise DissonanceError(f"Ray gave up: {_last_line(error)}: what was done is kept, run it again") from error
+
+
+def _last_line(error: BaseException) -> str:
+    """What an error says, where Ray puts it: behind its traceback."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

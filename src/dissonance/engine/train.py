@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--ray-address", default=os.environ.get("RAY_ADDRESS"), help="of a running cluster")
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, required=True, help="the module, its arguments")
     arguments = parser.parse_args()
+    if not arguments.module:
+        parser.error("-m takes a module and its arguments")
     end_with_input()
     try:
         connect(arguments.ray_address)

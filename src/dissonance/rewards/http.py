@@ -17,6 +17,7 @@ from dissonance.remote import Body, Remote, served_as
 
 _ROWS_IN_REQUEST = 16
 _MOST_THREADS = 32
+_SAME = 0.01
 _PROBES = ("Yes.", "No, I will not.", "word " * 20)
 
 
@@ -115,12 +116,16 @@ class ClassifyRewardModel(_Served):
         return found
 
     def _check_server(self) -> None:
-        """Ask for outputs with and without the activation: a server that cannot leave it out gives the same twice."""
+        """Ask for outputs with and without the activation: a server that cannot leave it out gives the same twice.
+
+        The same within the rounding of bfloat16, which batches may change.
+        """
         with self._tokenizing:
             encoded = self._encoder.encode([(Message("user", "Tell me."),)] * len(_PROBES), _PROBES)
         probes = [self._encoder.cut(ids) for ids in encoded]
         raw, squashed = (self._ask(probes, activation=activation) for activation in (False, True))
-        if raw == squashed and all(0 <= value <= 1 for outputs in raw for value in outputs):
+        pairs = [both for two in zip(raw, squashed, strict=True) for both in zip(*two, strict=True)]
+        if all(abs(a - b) < _SAME and 0 <= a <= 1 for a, b in pairs):
             raise ModelError(
                 f"{ROLE}: the server squashes its outputs into 0 to 1 whatever `use_activation` says: use vLLM 0.12 or "
                 "newer"
