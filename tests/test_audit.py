@@ -111,7 +111,7 @@ def undisturbed(policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         "".join(json.dumps({"id": f"p{i}", "prompt": " ".join(WORDS[i : i + 2 + i % 5])}) + "\n" for i in range(12))
     )
     arguments = audit_arguments(
-        policy_folder, "my_rewards:reward", folder / "prompts.jsonl", **{"tokens-per-batch": 200}
+        policy_folder, "my_rewards:reward", folder / "prompts.jsonl", **{"tokens-per-batch": 120}
     )
     done = command(*arguments, "--out", "whole", cwd=folder)
     assert done.returncode == 0, done.stderr
