@@ -80,9 +80,7 @@ class Classifier(ConversationEncoder):
         waiting = sorted((f for f in some if f.shared + f.width <= self._budget), key=lambda f: (f.shared, f.rows))
         known: dict[TokenIds, float] = {}
         while waiting:
-            stop = 1
-            while stop < len(waiting) and _positions(waiting[: stop + 1]) <= self._budget:
-                stop += 1
+            stop = _that_fit(waiting, self._budget)
             known |= self._score_some(waiting[:stop])
             waiting = waiting[stop:]
         return known
@@ -170,11 +168,15 @@ class Classifier(ConversationEncoder):
         return second * mask
 
 
-def _positions(some: Sequence[Family]) -> int:
-    """Rows x (longest prefix + longest rest) of families that are read together, and their prefixes."""
-    shared = max(family.shared for family in some)
-    rest = max(family.width - family.shared for family in some)
-    return shared * len(some) + (shared + rest) * sum(len(family.rows) for family in some)
+def _that_fit(some: Sequence[Family], budget: int) -> int:
+    """How many of the families, one at least, are read together: rows x (longest prefix + rest), and the prefixes."""
+    shared = rest = rows = 0
+    for count, family in enumerate(some):
+        shared, rest = max(shared, family.shared), max(rest, family.width - family.shared)
+        rows += len(family.rows)
+        if count and shared * (count + 1) + (shared + rest) * rows > budget:
+            return count
+    return len(some)
 
 
 def check_classifies(config: RewardConfig) -> PreTrainedConfig:

@@ -93,6 +93,8 @@ class Remote:
         self._end()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        if not self._calls:  # what failed before these calls is no failure of theirs
+            self._failing_since, self._said = None, False
         call = asyncio.run_coroutine_threadsafe(work, self._loop)
         self._calls.add(call)
         try:

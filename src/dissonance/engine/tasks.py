@@ -23,6 +23,7 @@ class TaskPool(ThreadPoolExecutor):
             num_cpus=options.cpus, num_gpus=options.gpus, max_retries=-1, scheduling_strategy="SPREAD"
         )
         self._running: set[Any] = set()
+        self._ended = False
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
         """Run it when there is room; what it raises is raised here."""
@@ -33,6 +34,8 @@ class TaskPool(ThreadPoolExecutor):
 
         task = self._remote.remote(function, *arguments, **named)
         self._running.add(task)
+        if self._ended:
+            ray.cancel(task, force=True)
         try:
             return value_of(ray.get(task))
         finally:
@@ -44,6 +47,7 @@ class TaskPool(ThreadPoolExecutor):
 
         super().shutdown(wait=False, cancel_futures=cancel_futures)
         if cancel_futures:
+            self._ended = True
             for task in list(self._running):
                 ray.cancel(task, force=True)
         super().shutdown(wait=wait)
