@@ -230,7 +230,7 @@ def test_nodes_that_share_no_disk_leave_their_parts_in_a_storage(
 def test_a_benchmark_spreads_its_cells(cluster: Cluster, tmp_path: Path) -> None:
     tiny = Path(__file__).parent.parent / "benchmarks" / "label_efficiency_tiny.yaml"
     less = ["tasks=[helpfulness]", "seeds.confirmation=[0]", "worlds={even: {n_demonstrations: 200, n_pairs: 200}}"]
-    less += ["strategies={random_pairs: {}, likelihood_gap: {}}"]
+    less += ["strategies={random_pairs: {}, likelihood_gap: {}}", "policy=null"]
     found = {}
     for name, options in {"here": [], "there": ["--engine", "ray", "--ray-address", cluster.address]}.items():
         changes = [word for change in less for word in ("--set", change)]
