@@ -37,12 +37,18 @@ def gated(prompts, completions):
 """
 
 
+pytestmark = pytest.mark.timeout(1500)  # its processes are many, and each loads PyTorch
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head and two nodes, of a core each."""
     cluster = Cluster()
-    for _ in range(3):
-        cluster.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
+            patch.delenv(name)  # Ray kills its workers as they write what they covered
+        for _ in range(3):
+            cluster.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
     yield cluster
     cluster.shutdown()
 
@@ -66,7 +72,7 @@ def command(*arguments: object, cwd: Path) -> "subprocess.Popen[str]":
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 
@@ -90,7 +96,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one[name].equals(other[name]) for name in one)
 
 
-def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 400) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():
