@@ -468,10 +468,12 @@ def test_get_reward_agrees_with_the_model_behind_it(make_reward_model: Any, serv
         assert isinstance(model, GetRewardModel)
         answers = [*ANSWERS[:-1], ""]
         found = model.score(TURNS, answers)
-        assert found == [pytest.approx(one) if isinstance(one, float) else one for one in behind.score(TURNS, answers)]
+        expected = behind.score(TURNS, answers)
+        assert [one.value for one in found] == pytest.approx([one.value for one in expected], abs=1e-5)
+        assert [one.truncated for one in found] == [one.truncated for one in expected]
         assert {one.truncated for one in found} == {True, False}
         flipped = load_reward_model(reward_config(url, folder, kind="cost", server={"api_key_env": "REWARD_KEY"}))
-        assert values(flipped)[:3] == [-one.value for one in found[:3]]
+        assert values(flipped)[:3] == pytest.approx([-one.value for one in found[:3]], abs=1e-5)
         os.environ["REWARD_KEY"] = "wrong"
         refused = load_reward_model(reward_config(url, folder, server={"api_key_env": "REWARD_KEY"}))
         with pytest.raises(ModelError, match="refuses a request: 401 the token is missing or wrong"):
