@@ -4,7 +4,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
@@ -47,16 +46,3 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     """One for each repeat."""
     return [a / b for a, b in zip(above, below, strict=True)]
-
-
-def peak_mb(work: Callable[[], object]) -> float:
-    """The largest memory of this process during the work above what it has before, MB. Linux keeps it itself."""
-    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-    before = _peak()
-    work()
-    return (_peak() - before) / 1e6
-
-
-def _peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))

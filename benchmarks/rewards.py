@@ -24,7 +24,8 @@ from dissonance.huggingface import quiet_transformers
 from dissonance.prompts import load_prompts
 from dissonance.records import Message, Reward
 from dissonance.rewards import HFRewardModel
-from in_turn import choose_clock, conditions, in_turn, peak_mb, ratios, spread
+from in_turn import choose_clock, conditions, in_turn, ratios, spread
+from memory import peak_mb
 from sampling import FORMS, TOPICS
 
 Conversations = list[tuple[tuple[Message, ...], str]]

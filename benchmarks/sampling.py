@@ -34,6 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from dissonance.huggingface import resolve_source
 from dissonance.prompts import load_prompts
 from dissonance.records import Message, Prompt
+from in_turn import choose_clock, conditions, ratios, spread
+from memory import peak_mb
 from sampling_methods import METHODS, Method, Ours, Recipe, load
 
 TOPICS = "tides volcanoes bread chess rain bridges honey glaciers clocks paper silk wolves maps salt opera bicycles"
@@ -130,7 +132,7 @@ def limit(model: PreTrainedModel, *, cpu_time: bool) -> tuple[float, int]:
     """Tokens a second of a teacher-forced forward pass, and the batch size at which it reads most."""
     text = model.config.get_text_config()
     length, best = min(128, text.max_position_embeddings), (0.0, 0)
-    now = time.process_time if cpu_time else time.perf_counter
+    now = choose_clock(cpu_time=cpu_time)
     for rows in (1, 2, 4, 8, 16, 32, 64):
         ids = torch.randint(0, text.vocab_size, (rows, length), device=model.device)
         seconds = []
@@ -177,9 +179,9 @@ def _compare(arguments: argparse.Namespace, folder: str, dtype: str) -> dict[str
     found = {
         "dtype": dtype,
         "runs": runs,
-        "ratios": {name: _ratios(runs["ours"], runs[name]) for name in runs if name != "ours"},
+        "ratios": {name: ratios(_speeds(runs["ours"]), _speeds(runs[name])) for name in runs if name != "ours"},
         "limit": {"tokens_per_second": most, "rows": rows},
-        "share_of_limit": [run["tokens_per_second"] / most for run in runs["ours"]],
+        "share_of_limit": [speed / most for speed in _speeds(runs["ours"])],
         "memory_mb": {name: _memory_in_child(arguments, folder, dtype, name) for name in runs if name in MEASURED},
     }
     recipe = methods.get("recipe")
@@ -190,8 +192,8 @@ def _compare(arguments: argparse.Namespace, folder: str, dtype: str) -> dict[str
     return found
 
 
-def _ratios(ours: list[dict[str, float]], others: list[dict[str, float]]) -> list[float]:
-    return [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(ours, others, strict=True)]
+def _speeds(runs: list[dict[str, float]]) -> list[float]:
+    return [run["tokens_per_second"] for run in runs]
 
 
 def _memory_in_child(arguments: argparse.Namespace, folder: str, dtype: str, method: str) -> float:
@@ -217,32 +219,18 @@ def _memory(arguments: argparse.Namespace) -> dict[str, float]:
         before = torch.cuda.memory_allocated()
         method.tokens(prompts)
         return {"peak_mb": (torch.cuda.max_memory_allocated() - before) / 1e6}
-    # Linux keeps the peak itself; writing 5 starts it anew.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmHWM")
-    method.tokens(prompts)
-    return {"peak_mb": (_status("VmHWM") - before) / 1e6}
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    return {"peak_mb": peak_mb(lambda: method.tokens(prompts))}
 
 
 def _show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
-    def spread(values: list[float]) -> str:
-        return f"{statistics.median(values):9.2f}   ({min(values):.2f} to {max(values):.2f})"
-
     name = Path(arguments.model).name if arguments.model else "the built-in world's policy"
     shape = f"{arguments.prompts} prompts x {arguments.n} x {arguments.max_new_tokens} tokens"
-    print(f"{name}, {result['dtype']}, {shape}, {torch.get_num_threads()} threads, {arguments.repeats} repeats")
-    if arguments.cpu_time:
-        print("  every second is one of CPU time")
+    print(f"{name}, {result['dtype']}, {shape}, {conditions(arguments)}")
     for method, runs in result["runs"].items():
         print(f"  {method:10} prompts/s         {spread([run['prompts_per_second'] for run in runs])}")
-        print(f"  {method:10} tokens/s          {spread([run['tokens_per_second'] for run in runs])}")
-    for method, ratios in result["ratios"].items():
-        print(f"  ours / {method:10} tokens/s   {spread(ratios)}")
+        print(f"  {method:10} tokens/s          {spread(_speeds(runs))}")
+    for method, speedups in result["ratios"].items():
+        print(f"  ours / {method:10} tokens/s   {spread(speedups)}")
     most = result["limit"]
     print(f"  limit (forward pass)          {most['tokens_per_second']:9.0f} tokens/s, at {most['rows']} rows")
     print(f"  ours, share of the limit      {spread(result['share_of_limit'])}")

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -36,22 +35,26 @@ from dissonance.measuring import LOCAL, audit
 from dissonance.models import Engine
 from dissonance.progress import Advance
 from dissonance.sandbox import World, build_sandbox
+from memory import peak, restart_peak
 
 WORLD = World(task="helpfulness")
 SHARD_ROWS, COMPLETIONS = 1_000_000, 8
 OBJECT_STORE = 256 << 20
+COMMAND = "import sys, memory; from dissonance.cli import run; assert not run(sys.argv[1:]); print(memory.peak())"
 
 
 def main() -> None:
     arguments = _arguments()
     if arguments.child:
-        print(json.dumps(_audit(arguments, Path(arguments.child))))
+        measured = {"audit": _audit, "conflicts": _conflicts}[arguments.what]
+        print(json.dumps(measured(arguments, Path(arguments.child))))
         return
     results = []
     for size in getattr(arguments, {"audit": "prompts", "conflicts": "rows"}[arguments.what]):
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
-            measure = _audit_in_child if arguments.what == "audit" else _conflicts
-            results.append({"size": size, **measure(arguments, size, Path(scratch))})
+            write = {"audit": _write_prompts, "conflicts": _write_scored}[arguments.what]
+            write(Path(scratch), size)
+            results.append({"size": size, **_in_child(arguments, Path(scratch))})
         print("\n".join(_lines(results[-1:], arguments.what)), file=sys.stderr, flush=True)
     print(json.dumps(results) if arguments.json else "\n".join(_lines(results, arguments.what)))
 
@@ -71,8 +74,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _audit_in_child(arguments: argparse.Namespace, size: int, scratch: Path) -> dict[str, Any]:
-    _write_prompts(scratch / "prompts.jsonl", size)
+def _in_child(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     options = {
         "child": scratch, "n": arguments.n, "max-new-tokens": arguments.max_new_tokens, "engine": arguments.engine,
         "nodes": arguments.nodes,
@@ -80,19 +82,23 @@ def _audit_in_child(arguments: argparse.Namespace, size: int, scratch: Path) -> 
     given = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if arguments.engine == "ray" else None
     done = subprocess.run(
-        [sys.executable, __file__, "audit", *given], check=True, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, __file__, arguments.what, *given],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _write_prompts(path: Path, count: int) -> None:
+def _write_prompts(folder: Path, count: int) -> None:
     """Two of the world's questions each: as long for any count, and all different."""
     sandbox = build_sandbox(WORLD)
     texts = [json.loads(line)["prompt"][0]["content"] for line in sandbox.prompts.read_text().splitlines()]
     pairs = (
         (texts[i], texts[(i + shift) % len(texts)]) for shift, i in product(range(1, len(texts)), range(len(texts)))
     )
-    with path.open("w", encoding="utf-8") as file:
+    with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
         for i, (first, second) in enumerate(islice(pairs, count)):
             file.write(json.dumps({"id": f"p{i}", "prompt": f"{first} {second}"}) + "\n")
 
@@ -106,14 +112,12 @@ class Meter:
         self._start()
 
     def _start(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux keeps the peak itself; 5 starts it anew
+        restart_peak()
         self._since = time.perf_counter()
 
     def next(self, name: str) -> None:
         """End a stage and begin another."""
-        lines = Path("/proc/self/status").read_text().splitlines()
-        peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-        self.stages[self._name] = {"seconds": time.perf_counter() - self._since, "peak_mb": peak / 1e6}
+        self.stages[self._name] = {"seconds": time.perf_counter() - self._since, "peak_mb": peak() / 1e6}
         self._name = name
         self._start()
 
@@ -189,20 +193,25 @@ class _Actors:
                     continue
 
 
-def _conflicts(arguments: argparse.Namespace, rows: int, scratch: Path) -> dict[str, Any]:
-    del arguments
-    (scratch / "scored").mkdir()
+def _conflicts(_: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    arguments = ["conflicts", f"{folder / 'scored'}", "--out", f"{folder / 'run'}", "--json", "--quiet"]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments],
+        cwd=Path(__file__).parent,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    seconds, (found, _, largest) = time.perf_counter() - start, done.stdout.rpartition("}")
+    return {"seconds": seconds, "peak_mb": int(largest) / 1e6, "prompts": json.loads(found + "}")["prompts"]}
+
+
+def _write_scored(folder: Path, rows: int) -> None:
+    (folder / "scored").mkdir()
     for shard, first in enumerate(range(0, rows, SHARD_ROWS)):
         table = _scored(first, min(SHARD_ROWS, rows - first))
-        pq.write_table(table, scratch / "scored" / f"part-{shard:05d}.parquet")
-    command = [sys.executable, "-m", "dissonance", "conflicts", scratch / "scored", "--out", scratch / "run", "--json"]
-    start = time.perf_counter()
-    done = subprocess.run([*map(str, command), "--quiet"], check=True, stdout=subprocess.PIPE, text=True)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of the largest so far, which is the last
-    found = json.loads(done.stdout)
-    assert found["completions"] == rows
-    return {"seconds": seconds, "peak_mb": peak / 1e6, "prompts": found["prompts"], "rows_per_second": rows / seconds}
+        pq.write_table(table, folder / "scored" / f"part-{shard:05d}.parquet")
 
 
 def _scored(first: int, count: int) -> pa.Table:
