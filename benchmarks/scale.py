@@ -159,7 +159,8 @@ def _audit(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _ray(nodes: int) -> Iterator[Engine]:
     from ray.cluster_utils import Cluster
 
-    from dissonance.engine.ray import RayEngine, RayOptions
+    from dissonance.engine.pool import RayOptions
+    from dissonance.engine.ray import RayEngine
 
     cluster = Cluster()
     for _ in range(nodes):

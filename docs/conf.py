@@ -39,7 +39,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(pathlib|numpy|np|pa|pyarrow|collections|annotated_types|types|dissonance\.progress)\..*"),
     ("py:.*", r"ArrayLike|NDArray"),
     # How pydantic and dataclasses spell a field's type.
-    ("py:.*", r"typing\.(Annotated|Literal)\[.*|dict\[str|dataclasses\.InitVar|dissonance\.config\.Settings"),
+    ("py:.*", r"typing\.(Annotated|Literal)\[.*|dict\[str|dataclasses\.InitVar|dissonance\.sections\.Settings"),
 ]
 
 HELP_WIDTH = 100

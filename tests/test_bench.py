@@ -25,11 +25,11 @@ from dissonance.bench.efficiency import efficiency, efficiency_interval, mean_ov
 from dissonance.bench.run import _play, summarise
 from dissonance.bench.setting import load_setting, place
 from dissonance.callables import import_callable
-from dissonance.config import parse_section
 from dissonance.errors import ModelError, RunError, SettingsError
 from dissonance.evaluate.statistics import Bootstrap
 from dissonance.sandbox import cell as cell_of
 from dissonance.sandbox import gold_reward
+from dissonance.sections import parse_section
 from dissonance.selection import select
 from test_report import browser, opened  # noqa: F401
 from test_selection import flat, opposed, random_pool

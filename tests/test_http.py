@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, Response
 
 from conftest import WORDS, make_tokenizer
 from dissonance.cli import run as run_command
-from dissonance.config import AuditConfig, PolicyConfig, RewardConfig, parse_section
+from dissonance.config import AuditConfig, PolicyConfig, RewardConfig
 from dissonance.errors import DataError, ModelError, SettingsError
 from dissonance.loop import refine
 from dissonance.measuring import audit, audit_settings, select
@@ -36,7 +36,7 @@ from dissonance.overlap import overlapped
 from dissonance.records import Completion, Message, Prompt
 from dissonance.rewards import ClassifyRewardModel, GetRewardModel, HFRewardModel, load_reward_model
 from dissonance.sampling import HFPolicy, HFReference, HTTPPolicy, load_policy
-from dissonance.sections import ServerConfig, deciding, without_servers
+from dissonance.sections import ServerConfig, deciding, parse_section, without_servers
 from model_server import Models, ModelServer
 
 ROOT = Path(__file__).parent.parent
@@ -318,6 +318,24 @@ def test_one_request_that_always_fails_ends_it_though_others_are_answered(
         policy.sample(PROMPTS[:4])
 
 
+def test_a_busy_server_that_works_at_what_it_took_is_waited_for(server: ModelServer, policy_folder: Path) -> None:
+    policy = HTTPPolicy(policy_config(server, policy_folder, server={"patience": 0.3, "requests": 2}))
+    expected = policy.sample(PROMPTS[:2])
+    done = threading.Event()
+
+    async def slowly() -> None:
+        await asyncio.sleep(1.5)
+        done.set()
+
+    def behave(body: dict[str, Any], _n: int) -> Any:
+        if body["prompt"] == policy._encode(PROMPTS[0]):
+            return slowly()
+        return None if done.is_set() else Response("busy", 503, {"retry-after-ms": "20"})
+
+    server.behave = behave
+    assert policy.sample(PROMPTS[:2]) == expected
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -554,7 +572,8 @@ def test_settings_without_a_server_are_what_they_were(policy_folder: Path, rewar
         PolicyConfig(model=str(policy_folder)), RewardConfig(model=str(reward_model)), policy_folder / "none"
     )
     assert "server" not in json.dumps(audit_settings(here))
-    assert deciding({"a": [{"b": 1}], "server": None}) == {"a": [{"b": 1}]}
+    others = {"a": [{"b": 1}], "trl_arguments": {"server": "x"}}  # a key of the user's own
+    assert deciding({**others, "policy": {"model": "m", "server": None}}) == {**others, "policy": {"model": "m"}}
 
 
 def test_what_was_trained_is_not_asked_of_the_server_that_holds_the_old_weights(tmp_path: Path) -> None:

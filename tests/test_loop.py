@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dissonance import cli
-from dissonance.config import AuditConfig, PolicyConfig, RewardConfig, RunConfig, parse_section
+from dissonance.config import AuditConfig, PolicyConfig, RewardConfig, RunConfig
 from dissonance.errors import ModelError, RunError, StoreError
 from dissonance.feedback.annotators.gold import GoldSettings
 from dissonance.labelling import label_by_rewards
@@ -29,6 +29,7 @@ from dissonance.records import Answer, Message, Prompt
 from dissonance.rewards import load_reward_model
 from dissonance.run_labels import labels_of
 from dissonance.sampling import HFReference
+from dissonance.sections import parse_section
 from loop_world import gold_preferences, write_world
 
 TABLES = ("completions", "prompts", "queries", "pairs", "evaluation_answers", "evaluation_labels")

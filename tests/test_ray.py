@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from conftest import WORDS
+from model_server import Models, ModelServer
 from storage import ftp
 
 STORE = 80 << 20
@@ -129,6 +131,25 @@ def test_a_cluster_measures_what_one_process_measures(
     here_found = json.loads((tmp_path / "here" / "summary.json").read_text())
     there_found = json.loads(out)
     assert {**there_found, **dict.fromkeys(timeless)} == {**here_found, **dict.fromkeys(timeless)}
+
+
+def test_models_behind_a_server_are_asked_by_the_nodes(
+    cluster: Cluster, policy_folder: Path, reward_folder: Path, many_prompts: Path, tmp_path: Path
+) -> None:
+    server = ModelServer(Models(policy_folder, reward_folder)).start()
+    try:
+        served = {"policy_server": server.url, "reward_server": server.url}
+        asked: dict[str, Counter[tuple[int, ...]]] = {}
+        for name, where in (("here", {}), ("there", on(cluster))):
+            settings = audit(policy_folder, reward_folder, many_prompts, tmp_path / name, **served, **where)
+            code, _, err = ended(command(*settings, cwd=tmp_path))
+            assert code == 0, err
+            asked[name] = Counter(tuple(body["prompt"]) for body in server.bodies if body.get("n") == 4)
+            server.bodies.clear()
+    finally:
+        server.stop()
+    assert same(tables(tmp_path / "here"), tables(tmp_path / "there"))
+    assert asked["here"] == asked["there"]  # each prompt once
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from conftest import WORDS, make_tokenizer
-from dissonance.config import RewardConfig, RewardTraining, parse_section
+from dissonance.config import RewardConfig, RewardTraining
 from dissonance.errors import DataError, DissonanceError, ModelError, RunError, SettingsError
 from dissonance.huggingface import quiet_transformers
 from dissonance.records import Message, Preference
@@ -35,6 +35,7 @@ from dissonance.sandbox.answers import preferences as sandbox_preferences
 from dissonance.sandbox.gold import gold_cost, gold_reward, truth
 from dissonance.sandbox.train import train_proxy
 from dissonance.sandbox.world import Split, World, questions
+from dissonance.sections import parse_section
 
 GOOD, BAD, ASKED = WORDS[:8], WORDS[8:16], WORDS[20:60]
 

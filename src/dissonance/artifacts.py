@@ -16,7 +16,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from dissonance.errors import DissonanceError, RunError
+from dissonance.parquet import open_parquet
 
 _FORMAT = 1
 _VERSIONED = ("dissonance", "torch", "transformers", "tokenizers", "trl", "peft", "numpy", "pyarrow")
@@ -108,6 +109,24 @@ def read_table(path: Path) -> pa.Table:
         raise RunError(f"{path} is missing: finish the run first, with the command that made it")
     try:
         return pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def read_pieces(path: Path, *, without: Collection[str] = ()) -> Iterator[pa.Table]:
+    """One Parquet table of a run folder, as many pieces that each fit into memory, less some columns.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    if not path.is_file():
+        raise RunError(f"{path} is missing: finish the run first, with the command that made it")
+    try:
+        with open_parquet(path) as file:
+            names = [name for name in file.schema_arrow.names if name not in without]
+            yield file.schema_arrow.empty_table().select(names)
+            for batch in file.iter_batches(columns=names):
+                yield pa.Table.from_batches([batch])
     except (OSError, pa.ArrowInvalid) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
 

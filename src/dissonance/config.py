@@ -1,12 +1,10 @@
 """What a run is told: one small frozen section per stage; unknown keys are errors."""
 
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from dissonance.errors import SettingsError
 from dissonance.likelihood import Likelihood
 from dissonance.sections import Section, ServerConfig
 
@@ -373,30 +371,3 @@ class RunConfig(RefiningConfig):
                 "without selection and without refine.policy there is nothing to do: use `dissonance audit`"
             )
         return self
-
-
-Settings = TypeVar("Settings", bound=BaseModel)
-
-
-def parse_section(section: type[Settings], values: dict[str, Any]) -> Settings:
-    """Validate settings; the first thing that is wrong becomes a SettingsError of one line."""
-    try:
-        return section.model_validate(values)
-    except ValidationError as error:
-        # A key that there is not comes first: it may be what is missing, misspelt.
-        first = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
-        where = ".".join(str(part) for part in first["loc"]) or "settings"
-        if first["type"] == "extra_forbidden":
-            raise SettingsError(f"{where}: there is no such setting{_meant(section, first['loc'])}") from error
-        given = "" if isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"
-        raise SettingsError(f"{where}: {first['msg'].removeprefix('Value error, ')}{given}") from error
-
-
-def _meant(section: type[BaseModel], where: tuple[int | str, ...]) -> str:
-    """The setting that was probably meant, for the error."""
-    for part in where[:-1]:
-        field = section.model_fields.get(str(part))
-        inner = [] if field is None else [field.annotation, *get_args(field.annotation)]
-        section = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), section)
-    close = get_close_matches(str(where[-1]), section.model_fields, n=1)
-    return f": did you mean {close[0]}?" if close else f"; there are {', '.join(section.model_fields)}"

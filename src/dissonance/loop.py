@@ -19,7 +19,7 @@ from dissonance.artifacts import (
     write_json,
 )
 from dissonance.checks import check, check_refining, plan_with, write_config
-from dissonance.config import AuditConfig, RefiningConfig, RunConfig, parse_section
+from dissonance.config import AuditConfig, RefiningConfig, RunConfig
 from dissonance.errors import InputError, LabelsDue, RunError
 from dissonance.measuring import (
     LOCAL,
@@ -59,7 +59,7 @@ from dissonance.round_training import (
     refine_reward_of_round,
     reward_training_inputs,
 )
-from dissonance.sections import without_servers
+from dissonance.sections import parse_section, without_servers
 
 _TIMES = ("seconds", "tokens_per_second")
 

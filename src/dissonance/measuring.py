@@ -4,20 +4,24 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dissonance.artifacts import (
     Run,
+    atomic_path,
     changes,
     create_run,
     find_run,
     matching_run,
     open_run,
-    read_table,
+    read_pieces,
     source_fingerprint,
     write_json,
     write_table,
@@ -90,10 +94,14 @@ class Measured:
             RunError: a table is missing, damaged, or has other rows than it had.
         """
         for name in ROUND_TABLES:
-            table = read_table(self.run.round() / name)
-            if table.num_rows != self.summary[name.partition(".")[0]]:
-                raise RunError(f"{self.run.round() / name} has {table.num_rows:,} rows, not those that were measured")
-            write_table(folder / name, table)
+            pieces, rows = read_pieces(self.run.round() / name), 0
+            schema = next(pieces).schema
+            with atomic_path(folder / name) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
+                for piece in pieces:
+                    writer.write_table(piece)
+                    rows += piece.num_rows
+                if rows != self.summary[name.partition(".")[0]]:
+                    raise RunError(f"{self.run.round() / name} has {rows:,} rows, not those that were measured")
         return self.summary
 
 
@@ -276,11 +284,10 @@ def choose(run: Run, number: int, settings: SelectionConfig, strategy: str | Str
         InputError: as `select`.
     """
     folder, tau, delta = run.round(number), settings.tau, settings.delta
-    pool = pool_from_tables(
-        read_table(folder / "prompts.parquet"),
-        read_table(folder / "completions.parquet"),
-        run.ledger["settings"]["likelihood"],
-    )
+    prompts = pa.concat_tables(read_pieces(folder / "prompts.parquet", without=("messages",)))
+    pieces = read_pieces(folder / "completions.parquet", without=("token_ids",))
+    completions = pa.concat_tables(map(_told_apart, pieces))
+    pool = pool_from_tables(prompts, completions, run.ledger["settings"]["likelihood"])
     chosen = select_queries(
         pool,
         strategy,
@@ -300,6 +307,15 @@ def choose(run: Run, number: int, settings: SelectionConfig, strategy: str | Str
         "thresholds": {k: v if v is None or isfinite(v) else None for k, v in asdict(chosen.thresholds).items()},
         "explanation": list(chosen.explanation),
     }
+
+
+def _told_apart(completions: pa.Table) -> pa.Table:
+    """Completions with a digest in place of each text: selecting asks no more of texts than which are the same."""
+    if "text" not in completions.column_names:
+        return completions
+    texts = completions["text"].to_pylist()
+    digests = [None if text is None else blake2b(str(text).encode(), digest_size=16).digest() for text in texts]
+    return completions.set_column(completions.column_names.index("text"), "text", pa.array(digests, pa.binary(16)))
 
 
 def conclude(run: Run, command: str, summary: Mapping[str, Any]) -> dict[str, Any]:

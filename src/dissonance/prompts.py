@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dissonance.errors import DataError, SettingsError
+from dissonance.parquet import open_parquet
 from dissonance.prompt_table import PromptTable
 from dissonance.records import Message, Prompt
 
@@ -352,7 +353,7 @@ def _reading_parquet(path: Path) -> Iterator[None]:
 
 def _open_parquet(path: Path, asked: _Asked) -> _Opened:
     with _reading_parquet(path):
-        file = pq.ParquetFile(path)
+        file = open_parquet(path)
         found = file.schema_arrow.names
     columns = asked.among(found, str(path))
     return str(path), columns, _parquet_rows(path, file, columns.names(found))

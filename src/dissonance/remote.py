@@ -61,6 +61,8 @@ class Remote:
         self._slots = asyncio.Semaphore(config.requests)
         self._failing_since: float | None = None
         self._said = False
+        self._sent: dict[object, float] = {}
+        """When each request was sent that waits for its reply."""
         self._calls: set[Future[Any]] = set()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=_serve, args=(self._loop,), name=f"{role} server", daemon=True).start()
@@ -117,16 +119,17 @@ class Remote:
         async with self._slots:
             while True:
                 attempts += 1
-                pause = None
+                pause, busy = None, False
                 try:
-                    response = await self._client.request(method, self._config.url + path, json=body)
+                    response = await self._send(method, path, body)
                     if response.is_success:
                         answer = read(body or {}, _parsed(response))
                         self._failing_since, self._said = None, False
                         return answer
                     why, pause = _said(response), retry_after(response.headers)
                     self._refused_for_good(response, why)
-                    failures += response.status_code not in _BUSY
+                    busy = response.status_code in _BUSY
+                    failures += not busy
                 except UnfinishedError as error:
                     why = str(error)
                     failures += 1
@@ -135,8 +138,16 @@ class Remote:
                     failures += not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
                 if failures >= _MOST_FAILURES:
                     raise ModelError(f"{self._name} failed {failures} times at one request, at last with: {why}")
-                self._out_of_patience(why)
+                self._out_of_patience(why, busy=busy)
                 await asyncio.sleep(_growing(attempts) if pause is None else pause)
+
+    async def _send(self, method: str, path: str, body: Body | None) -> httpx2.Response:
+        key = object()
+        self._sent[key] = time.monotonic()
+        try:
+            return await self._client.request(method, self._config.url + path, json=body)
+        finally:
+            del self._sent[key]
 
     @property
     def _name(self) -> str:
@@ -148,12 +159,16 @@ class Remote:
         if response.status_code not in _AGAIN and lasting:
             raise ModelError(f"{self._name} refuses a request: {why}")
 
-    def _out_of_patience(self, why: str) -> None:
-        """Raise where nothing was answered for so long; the first time, say that it is waited for."""
+    def _out_of_patience(self, why: str, *, busy: bool) -> None:
+        """Raise where nothing was answered for so long; the first time, say that it is waited for.
+
+        A server that is too busy for more works at what it took before: as long as it does, it is waited for.
+        """
         now = time.monotonic()
         self._failing_since = self._failing_since or now
         patience = self._config.patience
-        if now - self._failing_since >= patience:
+        works = busy and min(self._sent.values(), default=now) <= self._failing_since
+        if now - self._failing_since >= patience and not works:
             raise ModelError(
                 f"{self._name} gave no answer for {patience:g} seconds ({why}): is it running, and is this its "
                 "address? What was done is stored; the same command goes on"

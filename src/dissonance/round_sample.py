@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dissonance.errors import RunError
+from dissonance.parquet import open_parquet
 
 MOST_COMPLETIONS = 1 << 16
 """Of a larger round, prompts with about so many completions are drawn."""
@@ -34,7 +35,7 @@ def sampled(folder: Path, columns: Sequence[Sequence[str] | None] = (None, None)
     if total <= MOST_COMPLETIONS:
         yield folder
         return
-    prompts, completions = (pq.ParquetFile(folder / name) for name in _TABLES)
+    prompts, completions = (open_parquet(folder / name) for name in _TABLES)
     of_prompts, of_completions = (None if some is None else ["prompt_id", *some] for some in columns)
     with prompts, completions, TemporaryDirectory(prefix="dissonance-") as name:
         taken = _prompts(prompts, of_prompts, MOST_COMPLETIONS / total, Path(name) / _TABLES[0])

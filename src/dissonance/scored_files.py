@@ -28,9 +28,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.dataset as pa_dataset
 import pyarrow.json as pa_json
-import pyarrow.parquet as pq
 
 from dissonance.errors import DataError
+from dissonance.parquet import open_parquet
 from dissonance.records import COMPLETIONS_SCHEMA
 
 Batches = Iterator[pa.RecordBatch]
@@ -112,9 +112,8 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _fragment(fragment: Any, batch_rows: int) -> Batches:
-    # Neither fragment.to_batches nor pre_buffer: they hold a whole row group, however large.
     keys = pa_dataset.get_partition_keys(fragment.partition_expression)
-    with pq.ParquetFile(fragment.path, pre_buffer=False, buffer_size=1 << 20) as file:
+    with open_parquet(fragment.path) as file:  # fragment.to_batches holds a whole row group, however large
         for batch in file.iter_batches(batch_rows):
             table = batch
             for name in keys.keys() - set(batch.schema.names):

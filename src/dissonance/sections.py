@@ -1,11 +1,15 @@
 """What every section of the settings is, and the section about servers, which every model may have."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dissonance.addresses import checked_address
+from dissonance.errors import SettingsError
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -44,6 +48,30 @@ class ServerConfig(Section):
         return "openrlhf" if self.url.endswith("/get_reward") else "openai"
 
 
+def parse_section(section: type[Settings], values: dict[str, Any]) -> Settings:
+    """Validate settings; the first thing that is wrong becomes a SettingsError of one line."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        # A key that there is not comes first: it may be what is missing, misspelt.
+        first = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        if first["type"] == "extra_forbidden":
+            raise SettingsError(f"{where}: there is no such setting{_meant(section, first['loc'])}") from error
+        given = "" if isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"
+        raise SettingsError(f"{where}: {first['msg'].removeprefix('Value error, ')}{given}") from error
+
+
+def _meant(section: type[BaseModel], where: tuple[int | str, ...]) -> str:
+    """The setting that was probably meant, for the error."""
+    for part in where[:-1]:
+        field = section.model_fields.get(str(part))
+        inner = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        section = next((one for one in inner if isinstance(one, type) and issubclass(one, BaseModel)), section)
+    close = get_close_matches(str(where[-1]), section.model_fields, n=1)
+    return f": did you mean {close[0]}?" if close else f"; there are {', '.join(section.model_fields)}"
+
+
 def deciding(settings: Any) -> Any:
     """Settings as JSON, less what decides no number: of a server, only that there is one, and what it speaks.
 
@@ -60,8 +88,7 @@ def without_servers(settings: Any) -> Any:
 def _with_servers(settings: Any, told: Callable[[Any], Any]) -> Any:
     if not isinstance(settings, dict):
         return settings
-    changed = {
-        name: told(value) if name == "server" and value else _with_servers(value, told)
-        for name, value in settings.items()
-    }
-    return {name: value for name, value in changed.items() if name != "server" or value is not None}
+    changed = {name: _with_servers(value, told) for name, value in settings.items()}
+    if "model" in settings and (server := changed.pop("server", None)) and (kept := told(server)) is not None:
+        changed["server"] = kept
+    return changed

@@ -10,7 +10,7 @@ import typer
 
 from dissonance.cli.common import Json, Quiet, Set, changed, progress_of, read_yaml, said, say
 from dissonance.cli.engines import EngineName, RayAddress, WorkerCpus, WorkerGpus, ray_options
-from dissonance.config import parse_section
+from dissonance.sections import parse_section
 
 app = typer.Typer()
 

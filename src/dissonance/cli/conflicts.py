@@ -8,10 +8,11 @@ import typer
 
 from dissonance.cli.common import Json, Out, Quiet, RunFolder, progress_of, say
 from dissonance.cli.engines import EngineName, RayAddress, Storage, WorkerCpus, WorkerGpus, Workers, engine_of
-from dissonance.config import DEFAULT_STRATEGY, AuditConfig, Dtype, RewardKind, parse_section
+from dissonance.config import DEFAULT_STRATEGY, AuditConfig, Dtype, RewardKind
 from dissonance.errors import SettingsError
 from dissonance.likelihood import Likelihood
 from dissonance.scored import ScoredLikelihood
+from dissonance.sections import parse_section
 
 app = typer.Typer()
 

@@ -40,7 +40,7 @@ def ray_options(engine: str, **given: Any) -> Any:
             option = {"address": "ray-address", "cpus": "worker-cpus", "gpus": "worker-gpus"}.get(first, first)
             raise SettingsError(f"--{option} is for --engine ray: add that, or leave it out")
         return None
-    from dissonance.engine.ray import RayOptions
+    from dissonance.engine.pool import RayOptions
 
     return RayOptions(**named)
 

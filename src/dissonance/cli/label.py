@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dissonance.cli.common import Json, Quiet, RunFolder, StoreUrl, progress_of, say
-from dissonance.config import RewardConfig, RewardKind, parse_section
+from dissonance.config import RewardConfig, RewardKind
 from dissonance.errors import DataError, SettingsError
 from dissonance.records import Role
+from dissonance.sections import parse_section
 
 app = typer.Typer()
 

@@ -9,8 +9,9 @@ import typer
 
 from dissonance.cli.common import Json, Out, Quiet, RunFolder, Set, StoreUrl, changed, progress_of, read_yaml, said, say
 from dissonance.cli.engines import EngineName, RayAddress, Storage, WorkerCpus, WorkerGpus, Workers, engine_of
-from dissonance.config import RunConfig, parse_section
+from dissonance.config import RunConfig
 from dissonance.errors import LabelsDue, SettingsError
+from dissonance.sections import parse_section
 
 app = typer.Typer()
 

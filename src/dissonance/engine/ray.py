@@ -9,29 +9,27 @@ the tables are the same. What an actor has done rests in the parts: an actor or 
 was at, and a run that was killed goes on where it was.
 """
 
-import logging
+import math
 import os
-import pickle
-import re
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dissonance import errors
 from dissonance.config import AuditConfig, ModelConfig
 from dissonance.engine.local import by_window_of, check_reward_model, load_model, stages_of
-from dissonance.errors import DissonanceError, SettingsError
+from dissonance.engine.pool import Pool, RayOptions, connect
 from dissonance.parts import Parts, check_storage, parts_of
 from dissonance.progress import ProgressFactory
 from dissonance.prompt_table import PromptTable
 from dissonance.records import Prompt
 from dissonance.stages import (
+    SAMPLING,
+    SCORING,
     STAGES,
     Batch,
     MeasuredWindow,
+    Stage,
     compute,
     measure_window,
     plan_window,
@@ -41,34 +39,8 @@ from dissonance.stages import (
 )
 from dissonance.summary import ConflictTally
 
-_BLOCKS = 8192
-"""Blocks of a pipeline, at most: each is a task, and its bookkeeping."""
-_RESTARTS = 16
-"""How often an actor that died is started again, and what it was at tried again: not for ever, it may be why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RayOptions:
-    """Where a round runs, and in how many pieces; decides no number of it."""
-
-    address: str | None = None
-    """Of a running cluster, `auto` or `host:6379`; None takes the one that RAY_ADDRESS names, else starts one here."""
-    workers: int | None = None
-    """Actors of a pool at most; by default as many as the cluster has room for."""
-    cpus: float = 1.0
-    """Cores of each."""
-    gpus: float = 0.0
-    """GPUs of each; less than 1 shares one."""
-    storage: str | None = None
-    """Where the parts rest, for nodes that share no disk: any address that fsspec knows, `s3://bucket/folder`. By
-    default the run folder, which every node must then see."""
-
-    def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise SettingsError(f"workers is {self.workers}: give at least 1")
-        for name in ("cpus", "gpus"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise SettingsError(f"{name} of each worker is {getattr(self, name)}: give 0 or more")
+_TO_A_SERVER = 32
+"""Batches that an actor is given at once, at most, whose model is a server's: it is to have many requests at once."""
 
 
 class RayEngine:
@@ -78,10 +50,10 @@ class RayEngine:
         SettingsError: Ray is not installed, there is no cluster at the address, or no room in it for one worker.
     """
 
-    def __init__(self, options: RayOptions = RayOptions()) -> None:
-        self._options = options
-        connect(options.address)
-        self._pool = _Pool(options)
+    def __init__(self, options: RayOptions | None = None) -> None:
+        self._options = options or RayOptions()
+        connect(self._options.address)
+        self._pool = Pool(self._options)
 
     def resolved(self, section: ModelConfig) -> dict[str, Any]:
         """What `auto` stands for on a worker."""
@@ -108,7 +80,7 @@ class RayEngine:
 class RayRound:
     """An audit that has planned its batches before it writes anything."""
 
-    def __init__(self, pool: "_Pool", config: AuditConfig, prompts: Sequence[Prompt], storage: str | None) -> None:
+    def __init__(self, pool: Pool, config: AuditConfig, prompts: Sequence[Prompt], storage: str | None) -> None:
         pool.check_devices(config)
         pool.once(_try, config, prompts[0])
         self._pool, self._config, self._storage = pool, config, storage
@@ -122,110 +94,22 @@ class RayRound:
         parts, n, stages = parts_of(folder, self._storage), self._config.policy.n, stages_of(self._config)
         for stage in stages:
             left = waiting(parts, stage, self._batches)
+            together = self._together(stage, len(left))
+            batches = [left[first : first + together] for first in range(0, len(left), together)]
             with progress(stage.label, sum(len(batch.prompts) for batch in left) * n, "completions") as advance:
-                for done in self._pool.each(_Computer, (stage.name, self._config, parts), left, gpus=True):
+                for done in self._pool.each(_Computer, (stage.name, self._config, parts), batches, gpus=True):
                     advance(done)
         by_window = by_window_of(self._batches)
         jobs = [(w, window, by_window[w]) for w, window in enumerate(self._windows)]
         found = dict(self._pool.each(_Measurer, (self._config, parts), jobs, gpus=False))
         return write_round(folder, (_measured(parts, w, *found[w]) for w in range(len(self._windows))))
 
-
-class _Pool:
-    """Runs a class over items, in as many actors as there is room for."""
-
-    def __init__(self, options: RayOptions) -> None:
-        self._options = options
-        self._workers = workers_of(options)
-        self.environment: dict[str, str] = {}
-        """What the settings name of this process's environment: keys of servers."""
-
-    def check_devices(self, config: AuditConfig) -> None:
-        """Refuse to leave GPUs unused, or to share them unasked.
-
-        Raises:
-            SettingsError: the cluster has GPUs, and neither workers nor models are told what to do with them.
-        """
-        import ray
-
-        gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
-        if gpus and not self._options.gpus and "auto" in {config.policy.device, config.reward_model.device}:
-            raise SettingsError(f"the cluster has {gpus:g} GPUs: give --worker-gpus 1, or --device cpu")
-
-    def once(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function on a worker."""
-        import ray
-
-        options = self._options
-        remote = ray.remote(_Each.once).options(num_cpus=options.cpus, num_gpus=options.gpus)
-        with _ray_errors():
-            outcome = ray.get(remote.remote(self.environment, function, arguments))
-        return value_of(outcome)
-
-    def each(self, worker: type, arguments: tuple[Any, ...], items: Sequence[Any], *, gpus: bool) -> Iterator[Any]:
-        """What `worker(*arguments)` gives for each item, as they are done.
-
-        Raises:
-            DissonanceError: what the worker raised; what no worker could do, for want of actors or memory.
-        """
-        import ray
-        from ray.data import ActorPoolStrategy
-
-        if not items:
-            return
-        rows = [{"item": pickle.dumps(item)} for item in items]
-        pool = ActorPoolStrategy(min_size=1, max_size=max(1, min(self._workers, len(rows))))
-        options = self._options
-        data = ray.data.from_items(rows, override_num_blocks=min(len(rows), _BLOCKS)).map_batches(
-            _Each,
-            batch_size=1,
-            fn_constructor_args=(worker, arguments, self.environment),
-            compute=pool,
-            num_cpus=options.cpus,
-            num_gpus=options.gpus if gpus else 0,
-            max_restarts=_RESTARTS,
-            max_task_retries=_RESTARTS,
-        )
-        done = 0
-        with _ray_errors():
-            for row in data.iter_rows():
-                yield value_of(pickle.loads(row["outcome"]))  # noqa: S301 - what our own worker gave
-                done += 1
-        if done != len(items):
-            raise DissonanceError(f"Ray returned {done:,} of {len(items):,} pieces of work: run it again")
-
-
-class _Each:
-    """What a Ray actor runs: our errors come back as values, since Ray would wrap them."""
-
-    def __init__(self, worker: type, arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
-        os.environ.update(environment)
-        self._worker, self._arguments = worker, arguments
-        self._made: Any = None
-        self._failed: tuple[str | None, Any] | None = None
-
-    @staticmethod
-    def once(environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """Call a function in a worker of its own."""
-        os.environ.update(environment)
-        return caught(function, *arguments)
-
-    def __call__(self, rows: dict[str, Any]) -> dict[str, list[bytes]]:
-        return {"outcome": [pickle.dumps(self._outcome(item)) for item in rows["item"]]}
-
-    def _outcome(self, item: bytes) -> tuple[str | None, Any]:
-        """After an error nothing more is computed: Ray hands over what a block gave when the block is done."""
-        if self._failed is not None:
-            return self._failed
-        outcome = caught(self._one, item)
-        if outcome[0] is not None:
-            self._failed = outcome
-        return outcome
-
-    def _one(self, item: bytes) -> Any:
-        if self._made is None:
-            self._made = self._worker(*self._arguments)
-        return self._made(pickle.loads(item))  # noqa: S301 - from our own driver
+    def _together(self, stage: Stage, batches: int) -> int:
+        """How many batches an actor is given at once."""
+        sections: Mapping[Stage, ModelConfig] = {SAMPLING: self._config.policy, SCORING: self._config.reward_model}
+        if stage not in sections or sections[stage].server is None:
+            return 1
+        return min(_TO_A_SERVER, math.ceil(batches / self._pool.workers)) or 1
 
 
 class _Planner:
@@ -245,11 +129,11 @@ class _Computer:
         self._stage, self._parts, self._n = STAGES[stage], parts, config.policy.n
         self._model = load_model(self._stage, config)
 
-    def __call__(self, batch: Batch) -> int:
+    def __call__(self, batches: Sequence[Batch]) -> int:
         # Ray computes anew what a lost node had returned; what it has stored is there.
-        if not self._parts.has(self._stage.name, batch.window, batch.number):
-            sum(compute(self._stage, self._model, [batch], self._n, self._parts))
-        return len(batch.prompts) * self._n
+        left = [one for one in batches if not self._parts.has(self._stage.name, one.window, one.number)]
+        sum(compute(self._stage, self._model, left, self._n, self._parts))
+        return sum(len(batch.prompts) for batch in batches) * self._n
 
 
 _TABLES = ("measured-completions", "measured-prompts")
@@ -273,26 +157,6 @@ def _measured(parts: Parts, w: int, tally: dict[str, Any], seconds: dict[str, fl
     return MeasuredWindow(completions, prompts, ConflictTally(**tally), seconds)
 
 
-def caught(function: Callable[..., Any], *arguments: Any, **named: Any) -> tuple[str | None, Any]:
-    """On a worker: what a call gives, or the name and the message of our error."""
-    try:
-        return None, function(*arguments, **named)
-    except DissonanceError as error:
-        known = (kind.__name__ for kind in type(error).__mro__ if vars(errors).get(kind.__name__) is kind)
-        return next(known), str(error)
-    except Exception as error:
-        traceback.print_exc()  # into the worker's log
-        return DissonanceError.__name__, f"a worker failed: {type(error).__name__}: {_last_line(error)}"
-
-
-def value_of(outcome: tuple[str | None, Any]) -> Any:
-    """What a call on a worker gave; its error is raised here."""
-    kind, value = outcome
-    if kind is not None:
-        raise getattr(errors, kind)(value)
-    return value
-
-
 def _resolved(section: ModelConfig) -> dict[str, Any]:
     from dissonance.huggingface import resolved
 
@@ -303,58 +167,6 @@ def _try(config: AuditConfig, prompt: Prompt) -> None:
     check_reward_model(config.reward_model, prompt)
     for stage in stages_of(config):
         load_model(stage, config)
-
-
-def connect(address: str | None) -> None:
-    """Connect to a cluster, or start one on this machine.
-
-    Raises:
-        SettingsError: Ray is not installed, or there is no cluster at the address.
-    """
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of what our driver keeps as long as it lives
-    try:
-        import ray
-        from ray.data import DataContext
-    except ImportError as error:
-        raise SettingsError("engine ray needs Ray: pip install 'dissonance[ray]'") from error
-    if not ray.is_initialized():
-        try:
-            ray.init(
-                address=address, include_dashboard=None if address else False, log_to_driver=False,
-                logging_level=logging.ERROR, runtime_env={"env_vars": _environment()},
-            )  # fmt: skip
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            asked = address or os.environ.get("RAY_ADDRESS")
-            raise SettingsError(f"there is no Ray cluster at {asked}: {_last_line(error)}") from error
-    DataContext.get_current().enable_progress_bars = False  # ours says what was done
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-def _environment() -> dict[str, str]:
-    """What the models' libraries were told here, for the workers."""
-    known = ("HF_", "TOKENIZERS_", "TRANSFORMERS_")
-    return {name: value for name, value in os.environ.items() if name.startswith(known)}
-
-
-def workers_of(options: RayOptions) -> int:
-    """How many workers run at once, at most.
-
-    Raises:
-        SettingsError: the cluster has no room for one.
-    """
-    import ray
-
-    nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    asked = {"CPU": options.cpus, "GPU": options.gpus}
-    room = sum(
-        int(min((node.get(name, 0.0) / share for name, share in asked.items() if share), default=1)) for node in nodes
-    )
-    if room < 1:
-        wants = ", ".join(f"{share:g} {name}" for name, share in asked.items())
-        largest = max((tuple(node.get(name, 0.0) for name in asked) for node in nodes), default=(0.0, 0.0))
-        has = ", ".join(f"{value:g} {name}" for value, name in zip(largest, asked, strict=True))
-        raise SettingsError(f"no node has room for a worker of {wants}: the largest has {has}")
-    return options.workers or room
 
 
 def _absolute(config: AuditConfig) -> AuditConfig:
@@ -377,20 +189,3 @@ def _keys(config: AuditConfig) -> dict[str, str]:
     servers = (config.policy.server, config.reward_model.server)
     names = [server.api_key_env for server in servers if server is not None and server.api_key_env is not None]
     return {name: os.environ[name] for name in names if name in os.environ}
-
-
-@contextmanager
-def _ray_errors() -> Iterator[None]:
-    """Ray's errors are ours of one line."""
-    import ray
-
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        raise DissonanceError(f"Ray gave up: {_last_line(error)}: what was done is kept, run it again") from error
-
-
-def _last_line(error: BaseException) -> str:
-    """What an error says, where Ray puts it: behind its traceback."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__

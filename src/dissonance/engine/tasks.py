@@ -4,7 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from dissonance.engine.ray import RayOptions, caught, connect, value_of, workers_of
+from dissonance.engine.pool import RayOptions, caught, connect, value_of, workers_of
 
 
 class TaskPool(ThreadPoolExecutor):

@@ -11,9 +11,9 @@ import sys
 import tempfile
 from typing import Any
 
+from dissonance.engine.pool import connect, last_line
 from dissonance.engine.processes import end_with_input
-from dissonance.engine.ray import connect
-from dissonance.errors import SettingsError
+from dissonance.errors import DissonanceError
 
 
 def main() -> None:
@@ -31,24 +31,28 @@ def main() -> None:
     try:
         connect(arguments.ray_address)
         _train(arguments)
-    except SettingsError as error:
+    except DissonanceError as error:
         sys.exit(f"dissonance: {error}")
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     resources = {"CPU": arguments.cpus, **({"GPU": arguments.gpus} if arguments.gpus else {})}
     scaling = ScalingConfig(num_workers=arguments.workers, use_gpu=arguments.gpus > 0, resources_per_worker=resources)
     module, *its = arguments.module
     with tempfile.TemporaryDirectory(prefix="dissonance-") as notes:  # Ray Train's own; ours are in the run folder
-        TorchTrainer(
+        trainer = TorchTrainer(
             _work,
             train_loop_config={"module": module, "arguments": its},
             scaling_config=scaling,
             run_config=RunConfig(storage_path=notes),
-        ).fit()
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise DissonanceError(f"{module} failed on a worker: {last_line(error)}") from error
 
 
 def _work(config: dict[str, Any]) -> None:

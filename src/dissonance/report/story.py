@@ -73,7 +73,7 @@ def _labels(folder: Path) -> list[dict[str, Any]]:
         return []
     columns = ["prompt_id", "chosen_id", "rejected_id", "tie", "chosen", "rejected"]
     rows = pq.read_table(folder / "pairs.parquet", columns=columns).to_pylist()
-    table = pq.read_table(folder / "completions.parquet", columns=["prompt_id", "completion_id", "reward"])
+    table = _of_prompts(folder / "completions.parquet", {row["prompt_id"] for row in rows}, ("completion_id", "reward"))
     rewards = {(row["prompt_id"], row["completion_id"]): row["reward"] for row in table.to_pylist()}
     return [
         {
@@ -90,9 +90,13 @@ def _labels(folder: Path) -> list[dict[str, Any]]:
 def _questions(folder: Path, wanted: set[str]) -> dict[str, str]:
     if not wanted:
         return {}
-    table = pq.read_table(folder / "prompts.parquet", columns=["prompt_id", "messages"])
-    kept = table.filter(pc.is_in(table["prompt_id"], pa.array(sorted(wanted), pa.string())))
+    kept = _of_prompts(folder / "prompts.parquet", wanted, ("messages",))
     return {row["prompt_id"]: row["messages"][-1]["content"] for row in kept.to_pylist() if row["messages"]}
+
+
+def _of_prompts(path: Path, prompt_ids: set[str], columns: Sequence[str]) -> pa.Table:
+    """The rows of some prompts; no others are held."""
+    return pq.read_table(path, columns=["prompt_id", *columns], filters=pc.field("prompt_id").isin(sorted(prompt_ids)))
 
 
 def _story(folder: Path, metrics: Values, one: Round) -> RoundStory:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dissonance.errors import RunError
 from dissonance.likelihood import Likelihood, loglikelihood
+from dissonance.parquet import open_parquet
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -190,7 +191,7 @@ def open_table(path: Path) -> pq.ParquetFile:
     if not path.is_file():
         raise RunError(f"{path} is missing: the run is not finished, run its command again")
     try:
-        return pq.ParquetFile(path)
+        return open_parquet(path)
     except (OSError, pa.ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"{path} cannot be read ({reason}): delete it and run the command again") from error
