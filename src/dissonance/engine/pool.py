@@ -164,7 +164,8 @@ def connect(address: str | None) -> None:
                 logging_level=logging.ERROR, runtime_env={"env_vars": _environment()},
             )  # fmt: skip
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise SettingsError(f"there is no Ray cluster at {asked}: {last_line(error)}") from error
+            failed = f"there is no Ray cluster at {asked}" if asked else "Ray cannot be started here"
+            raise SettingsError(f"{failed}: {last_line(error)}") from error
     DataContext.get_current().enable_progress_bars = False  # ours says what was done
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
