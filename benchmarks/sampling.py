@@ -89,6 +89,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory-of", choices=MEASURED, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if "ours" not in arguments.methods:
+        parser.error("--methods: the others are compared with ours")
     if arguments.vllm is None and "vllm" in arguments.methods:
         arguments.vllm = Path(__file__).parents[1] / ".venv-vllm"
         if arguments.device != "cpu" or not (arguments.vllm / "bin" / "python").exists():

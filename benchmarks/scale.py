@@ -236,13 +236,22 @@ def _lines(results: list[dict[str, Any]], what: str) -> list[str]:
         lines.append(f"{result['size']:11,} {of:8}{result['seconds']:9.1f} s {result['peak_mb']:7.0f} MB{actors}")
         for name, one in result.get("stages", {}).items():
             lines.append(f"    {name:24}{one['seconds']:9.1f} s {one['peak_mb']:7.0f} MB")
-    for a, b in pairwise(results):
-        growth = math.log(b["seconds"] / a["seconds"]) / math.log(b["size"] / a["size"])
+    pairs = list(pairwise(results))
+    for a, b in [*pairs, (results[0], results[-1])] if len(pairs) > 1 else pairs:
+        stages = "".join(
+            f", {name} {_exponent(a, b, one['seconds'], b['stages'][name]['seconds']):.2f}"
+            for name, one in a.get("stages", {}).items()
+            if name in b["stages"]
+        )
         lines.append(
-            f"{a['size']:,} to {b['size']:,} {of}: time grows with exponent {growth:.2f}, peak memory by "
-            f"{b['peak_mb'] / a['peak_mb'] - 1:+.1%}"
+            f"{a['size']:,} to {b['size']:,} {of}: peak memory grows by {b['peak_mb'] / a['peak_mb'] - 1:+.1%}, time "
+            f"with exponent {_exponent(a, b, a['seconds'], b['seconds']):.2f}{stages}"
         )
     return lines
+
+
+def _exponent(a: dict[str, Any], b: dict[str, Any], before: float, after: float) -> float:
+    return math.log(after / before) / math.log(b["size"] / a["size"])
 
 
 if __name__ == "__main__":

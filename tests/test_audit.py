@@ -19,6 +19,7 @@ from dissonance import AuditConfig, audit, cli, kendall_tau_distance, pacs, sele
 from dissonance.artifacts import create_run
 from dissonance.config import PolicyConfig
 from dissonance.errors import DataError, RunError, SettingsError
+from dissonance.measuring import conflicts
 from dissonance.prompts import load_prompts
 from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, QUERIES_SCHEMA, Prompt
 from dissonance.sampling import HFPolicy
@@ -474,6 +475,18 @@ def test_an_edited_reward_function_is_another_reward_model(
     module.write_text(REWARD.replace("len(set(c.split()))", "-len(c)"))
     with pytest.raises(RunError, match="the content of reward_model.model"):
         audit(config(policy_folder, "edited_rewards:reward", prompts_file), tmp_path / "run")
+
+
+def test_what_was_in_the_folder_before_a_refusal_stays_there(tmp_path: Path) -> None:
+    (tmp_path / "scored.csv").write_text("prompt_id,reward\na,1\na,2\n")
+    (tmp_path / "study" / ".git").mkdir(parents=True)
+    for out in ("study", "new"):
+        with pytest.raises(DataError, match="no column logprob"):
+            conflicts(tmp_path / "scored.csv", tmp_path / out)
+    assert not (tmp_path / "new").exists()
+    left = [path.name for path in (tmp_path / "study").iterdir()]
+    assert ".git" in left
+    assert not {"run.json", "round-000"} & set(left)
 
 
 def test_a_disk_that_is_full_loses_nothing(

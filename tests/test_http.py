@@ -24,7 +24,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import uvicorn
+from peft import LoraConfig, get_peft_model
 from starlette.responses import JSONResponse, Response
+from transformers import AutoModelForCausalLM
 
 from conftest import WORDS, make_tokenizer
 from dissonance.cli import run as run_command
@@ -318,6 +320,40 @@ def test_one_request_that_always_fails_ends_it_though_others_are_answered(
         policy.sample(PROMPTS[:4])
 
 
+def test_a_server_that_is_away_behind_a_gateway_is_waited_for(
+    server: ModelServer, policy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dissonance.remote._LONGEST_PAUSE", 0.01)
+    policy = HTTPPolicy(policy_config(server, policy_folder, server={"patience": 60}))
+    expected = policy.sample(PROMPTS[:2])
+    server.bodies.clear()
+    server.behave = lambda _body, n: Response("bad gateway", 502) if n < 40 else None
+    assert policy.sample(PROMPTS[:2]) == expected
+
+
+def test_an_adapter_is_asked_for_by_the_name_that_the_server_has_for_it(
+    server: ModelServer, policy_folder: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(policy_folder)
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).save_pretrained(adapter)
+    with pytest.raises(ModelError, match=r"adapter is an adapter: say as server\.served_name what the server calls"):
+        HTTPPolicy(policy_config(server, policy_folder, adapter=str(adapter)))
+    HTTPPolicy(policy_config(server, policy_folder, adapter=str(adapter), server={"served_name": str(policy_folder)}))
+
+
+def test_a_key_is_said_nowhere(
+    server: ModelServer, policy_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("A_KEY", "sk-one\r\n")  # as files with Windows' line ends leave it
+    HTTPPolicy(policy_config(server, policy_folder, server={"api_key_env": "A_KEY"}))
+    assert server.keys[-1] == "Bearer sk-one"
+    monkeypatch.setenv("A_KEY", "sk-\N{HORIZONTAL ELLIPSIS}one")
+    with pytest.raises(SettingsError, match="A_KEY holds characters that no API key has") as refused:
+        HTTPPolicy(policy_config(server, policy_folder, server={"api_key_env": "A_KEY"}))
+    assert "one" not in str(refused.value)
+
+
 def test_a_busy_server_that_works_at_what_it_took_is_waited_for(server: ModelServer, policy_folder: Path) -> None:
     policy = HTTPPolicy(policy_config(server, policy_folder, server={"patience": 0.3, "requests": 2}))
     expected = policy.sample(PROMPTS[:2])
@@ -572,6 +608,8 @@ def test_settings_without_a_server_are_what_they_were(policy_folder: Path, rewar
         PolicyConfig(model=str(policy_folder)), RewardConfig(model=str(reward_model)), policy_folder / "none"
     )
     assert "server" not in json.dumps(audit_settings(here))
+    named = ServerConfig(url="http://h:1", served_name="mine").model_dump()
+    assert deciding({"model": "m", "server": named}) == {"model": "m", "server": "openai mine"}
     others = {"a": [{"b": 1}], "trl_arguments": {"server": "x"}}  # a key of the user's own
     assert deciding({**others, "policy": {"model": "m", "server": None}}) == {**others, "policy": {"model": "m"}}
 
@@ -775,6 +813,7 @@ def test_an_address_may_end_in_v1(url: str, root: str, protocol: str) -> None:
     ("options", "said"),
     [
         (["--policy-server", "localhost:8000"], "--policy-server: is 'localhost:8000': write it as http://127.0.0.1"),
+        (["--policy-server", "http://h:80a"], "--policy-server: is 'http://h:80a': write it as http://127.0.0.1"),
         (["--reward-server", "http://me:pw@h"], "--reward-server: holds a password: name the variable"),
         (["--reward-server", "http://h/get_reward?token=x"], "--reward-server: holds more than an address"),
         (["--policy-server", "http://h", "--server-requests", "0"], "--server-requests: Input should be greater"),

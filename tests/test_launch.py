@@ -57,14 +57,17 @@ def request_of(policy_folder: Path, reward_folder: Path, tmp_path: Path) -> Call
 
 
 @pytest.mark.parametrize("launcher", [TWO, RAY])
-def test_two_processes_share_each_step(launcher: str, request_of: Callable[..., Request], tmp_path: Path) -> None:
+def test_two_processes_share_each_step(
+    launcher: str, request_of: Callable[..., Request], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     shown: list[tuple[int | None, int]] = []
 
     @contextmanager
     def counted(_: str, total: int | None, __: str) -> Iterator[Callable[[int], None]]:
         yield lambda more: shown.append((total, more))
 
-    found = launch(launcher, request_of(), counted)
+    found = launch(launcher, request_of(out=Path("policy")), counted)  # as seen from here
     assert {total for total, _ in shown} == {2}
     assert sum(more for _, more in shown) == 2
     assert found["steps"] == found["kept_step"] == found["processes"] == 2

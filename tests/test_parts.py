@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,9 @@ import pytest
 from dissonance.artifacts import create_run
 from dissonance.errors import DissonanceError, RunError, SettingsError
 from dissonance.parts import Parts, check_storage, parts_of
+from dissonance.prompt_table import PromptTable
+from dissonance.records import Message, Prompt
+from dissonance.stages import REFERENCE, SAMPLING, SCORING, STAGES, Batch, waiting
 from storage import ftp
 
 TABLE = pa.table({"prompt_id": ["a", "b"], "reward": [1.5, -2.0]})
@@ -18,6 +22,7 @@ TABLE = pa.table({"prompt_id": ["a", "b"], "reward": [1.5, -2.0]})
 @pytest.fixture(params=["folder", "ftp"])
 def parts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Parts]:
     if request.param == "folder":
+        (tmp_path / "round-000").mkdir()
         yield Parts(tmp_path / "round-000" / "parts")
     else:
         with ftp(tmp_path) as address:
@@ -41,6 +46,8 @@ def test_a_part_comes_back_as_it_went(parts: Parts, tmp_path: Path) -> None:
         parts.read("rewards", 3, 14)
     with pytest.raises(RunError, match="rewards-000004-00000.parquet"):
         parts.read("rewards", 4, 0)
+    parts.drop("rewards", 3, 14)
+    assert not parts.has("rewards", 3, 14)
     parts.remove()
     assert parts.names() == frozenset()
     parts.remove()
@@ -51,6 +58,9 @@ def test_what_is_no_storage_is_said() -> None:
         Parts("nowhere://there").names()
     with pytest.raises(SettingsError, match="--storage runs/x is no URL"):
         check_storage("runs/x")
+    with pytest.raises(SettingsError, match="--storage holds a password") as refused:
+        check_storage("ftp://me:hunter2@127.0.0.1:9/x")
+    assert "hunter2" not in str(refused.value)
     with pytest.raises(DissonanceError, match="ftp://127.0.0.1:9/x"):
         check_storage("ftp://127.0.0.1:9/x")
 
@@ -78,3 +88,15 @@ def test_a_round_goes_on_where_its_parts_are(tmp_path: Path) -> None:
         parts_of(run.round()).write("rewards", 0, 0, TABLE, 0.0)
         with pytest.raises(RunError, match="begun with no --storage"):
             parts_of(run.round(), address)
+
+
+def test_what_was_computed_of_lost_completions_is_computed_again(tmp_path: Path) -> None:
+    parts, table = Parts(tmp_path / "parts"), pa.table({"x": [1]})
+    batches = [Batch(0, number, PromptTable.of([Prompt(f"p{number}", (Message("user", "w1"),))])) for number in (0, 1)]
+    for stage, batch in product(STAGES.values(), batches):
+        parts.write(stage.name, batch.window, batch.number, table, 0.0)
+    assert waiting(parts, SAMPLING, batches) == []
+    parts.drop(SAMPLING.name, 0, 1)
+    assert waiting(parts, SAMPLING, batches) == batches[1:]
+    for later in (REFERENCE, SCORING):
+        assert waiting(parts, later, batches) == batches[1:]

@@ -16,6 +16,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from conftest import WORDS
+from dissonance.engine.pool import Shared
+from dissonance.errors import SettingsError
 from model_server import Models, ModelServer
 from storage import ftp
 
@@ -235,6 +237,14 @@ def test_what_a_worker_finds_wrong_is_said_as_here(
     )
     assert code == 2
     assert "no node has room for a worker of 1 CPU, 1 GPU" in err
+
+
+def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
+    shared = Shared.of(tmp_path / "parts")
+    shared.check()
+    shared.mark.unlink()  # as on a node with a disk of its own
+    with pytest.raises(SettingsError, match=r"does not see .*parts: choose an --out that every node sees, or"):
+        shared.check()
 
 
 def test_nodes_that_share_no_disk_leave_their_parts_in_a_storage(

@@ -105,8 +105,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 def read_table(path: Path) -> pa.Table:
     """Read one Parquet table of a run folder; a missing or damaged one is a RunError."""
-    if not path.is_file():
-        raise RunError(f"{path} is missing: finish the run first, with the command that made it")
+    _check_there(path)
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
@@ -119,8 +118,7 @@ def read_pieces(path: Path, *, without: Collection[str] = ()) -> Iterator[pa.Tab
     Raises:
         RunError: it is missing or damaged.
     """
-    if not path.is_file():
-        raise RunError(f"{path} is missing: finish the run first, with the command that made it")
+    _check_there(path)
     try:
         with open_parquet(path) as file:
             names = [name for name in file.schema_arrow.names if name not in without]
@@ -129,6 +127,11 @@ def read_pieces(path: Path, *, without: Collection[str] = ()) -> Iterator[pa.Tab
                 yield pa.Table.from_batches([batch])
     except (OSError, pa.ArrowInvalid) as error:
         raise RunError(f"{path} cannot be read: {error}") from error
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise RunError(f"{path} is missing: finish the run first, with the command that made it")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -191,7 +194,9 @@ class Run:
     path: Path
 
     fresh: bool = False
-    """Whether this process made it."""
+    """Whether this process began it."""
+    made: bool = False
+    """Whether this process made its folder."""
 
     @property
     def run_id(self) -> str:
@@ -229,6 +234,15 @@ class Run:
         """The ledger's entry of a stage, or None while it is not done."""
         entry: dict[str, Any] | None = self.ledger["stages"].get(stage)
         return entry
+
+    def discard(self) -> None:
+        """Remove what this process began, and nothing that was in the folder before."""
+        if self.made:
+            shutil.rmtree(self.path)
+            return
+        shutil.rmtree(self.round(), ignore_errors=True)
+        for name in ("config.yaml", "run.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     def finish(self, stage: str, **facts: Any) -> None:
         """Enter a stage as done."""
@@ -269,6 +283,7 @@ def create_run(path: Path, command: str, settings: Mapping[str, Any], inputs: Ma
         RunError: as `matching_run`, or the folder is in use.
     """
     matching_run(path, command, settings, inputs)
+    made = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -279,7 +294,7 @@ def create_run(path: Path, command: str, settings: Mapping[str, Any], inputs: Ma
         if fresh:
             ledger = {"format": _FORMAT, "command": command, "created": _now(), "settings": dict(settings)}
             write_json(path / "run.json", {**ledger, "inputs": dict(inputs), "versions": versions(), "stages": {}})
-        run = Run(path, fresh)
+        run = Run(path, fresh, made)
         run.round().mkdir(exist_ok=True)
         yield run
 

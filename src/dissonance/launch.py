@@ -121,6 +121,10 @@ def launch(launcher: str, request: Request, progress: ProgressFactory = quiet) -
             said = f"{answer['error']}: {answer['message']}"
             raise DissonanceError(f"the policy's training failed ({said}); all that it printed is in {log}")
         raise kind(answer["message"])
+    if not request.out.is_dir():
+        raise DissonanceError(
+            f"refine.policy.launcher: {launcher!r} left no {request.out}: do all nodes see that folder?"
+        )
     return dict(answer["metrics"])
 
 

@@ -1,6 +1,5 @@
 """SHF-CAS in prose: one round, one line per stage; and round after round, across the pauses in which people answer."""
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -154,7 +153,7 @@ def _unless_empty(run: Run) -> Iterator[None]:
         yield
     except InputError:
         if run.fresh and not run.ledger["stages"] and not any(run.path.glob("round-*/parts/*")):
-            shutil.rmtree(run.path)
+            run.discard()
         raise
 
 
@@ -180,7 +179,7 @@ def play_round(
 
     def measure() -> dict[str, Any]:
         if measured is None:
-            return _timeless(engine.prepare(now, prompts).measure(stages.folder, progress))
+            return _timeless(engine.prepare(now.audit, prompts).measure(stages.folder, progress))
         found = _timeless(measured.copy(stages.folder))
         other = measured.run
         run.finish("taken-over", run=str(other.path), run_id=other.run_id, versions=other.ledger["versions"])

@@ -1,6 +1,5 @@
 """Where a reward model and a policy disagree, and what to ask about it: audit, conflicts, select."""
 
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -69,6 +68,7 @@ def audit(
     loaded = load_prompts(**config.prompts.model_dump(), seed=config.seed)
     settings, inputs = audit_settings(config, engine), audit_inputs(config, loaded)
     if (done := _finished(out, "audit", settings, inputs)) is not None:
+        engine.forget(out / "round-000")  # what a kill at the very end has left
         return done
     prepared = engine.prepare(config, loaded.prompts)
     with create_run(out, "audit", settings, inputs) as run:
@@ -230,7 +230,7 @@ def conflicts(
                 )
         except InputError:
             if run.fresh:
-                shutil.rmtree(out)
+                run.discard()
             raise
         rho = round_length_correlation(run.round())
         keys = {**conflict_keys(found), "length_correlation": rho, "seconds": time.perf_counter() - start}

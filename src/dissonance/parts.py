@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dissonance.artifacts import find_run, read_json, read_table, write_json, write_table
+from dissonance.artifacts import find_run, read_json, write_json, write_table
 from dissonance.errors import DissonanceError, RunError, SettingsError
 
 _NOTE = "storage.json"
@@ -61,7 +62,7 @@ class Parts:
         table = table.replace_schema_metadata(metadata)
         name = self.name(stage, window, batch)
         if isinstance(self.place, Path):
-            self.place.mkdir(parents=True, exist_ok=True)
+            self.place.mkdir(exist_ok=True)
             write_table(Path(name), table)
             return
         whole = io.BytesIO()
@@ -82,13 +83,19 @@ class Parts:
         """
         name = self.name(stage, window, batch)
         if isinstance(self.place, Path):
-            return read_table(Path(name))
+            with _readable(name):
+                return pq.read_table(name)
+        with _storage(name) as (storage, path), _readable(name), storage.open(path, "rb") as file:
+            return pq.read_table(io.BytesIO(file.read()))
+
+    def drop(self, stage: str, window: int, batch: int) -> None:
+        """Forget one batch."""
+        name = self.name(stage, window, batch)
+        if isinstance(self.place, Path):
+            Path(name).unlink(missing_ok=True)
+            return
         with _storage(name) as (storage, path):
-            try:
-                with storage.open(path, "rb") as file:
-                    return pq.read_table(io.BytesIO(file.read()))
-            except (FileNotFoundError, pa.ArrowInvalid) as error:
-                raise RunError(f"{name} cannot be read: {error}") from error
+            storage.rm(path)
 
     def remove(self) -> None:
         """Forget every batch."""
@@ -100,16 +107,31 @@ class Parts:
                 storage.rm(folder, recursive=True)
 
 
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise RunError(f"{name} is missing: run the same command again, which computes it") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise RunError(f"{name} cannot be read ({error}): delete it and run the same command again") from error
+
+
 def check_storage(storage: str) -> None:
     """Find out whether a storage can be used.
 
     Raises:
-        SettingsError: it is no URL, or fsspec does not know it.
+        SettingsError: it is no URL, holds a password, or fsspec does not know it.
         DissonanceError: it does not answer.
     """
     if "://" not in storage:
         raise SettingsError(
             f"--storage {storage} is no URL: leave it out for the run folder, or write s3://bucket/folder"
+        )
+    if urlsplit(storage).password:
+        raise SettingsError(
+            "--storage holds a password: keep it in a configuration file of fsspec's, or in the variables that the "
+            "storage reads, on every node"
         )
     Parts(storage).names()
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dissonance.errors import DataError, SettingsError
 from dissonance.parquet import open_parquet
@@ -359,7 +358,7 @@ def _open_parquet(path: Path, asked: _Asked) -> _Opened:
     return str(path), columns, _parquet_rows(path, file, columns.names(found))
 
 
-def _parquet_rows(path: Path, file: pq.ParquetFile, names: list[str]) -> Iterator[Row]:
+def _parquet_rows(path: Path, file: Any, names: list[str]) -> Iterator[Row]:
     with _reading_parquet(path):
         batches = file.iter_batches(batch_size=1024, columns=names)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)

@@ -61,6 +61,7 @@ class Remote:
         self._slots = asyncio.Semaphore(config.requests)
         self._failing_since: float | None = None
         self._said = False
+        self._answered = 0
         self._sent: dict[object, float] = {}
         """When each request was sent that waits for its reply."""
         self._calls: set[Future[Any]] = set()
@@ -117,6 +118,7 @@ class Remote:
     async def _answer(self, method: str, path: str, body: Body | None, read: Callable[[Body, Any], T]) -> T:
         failures = attempts = 0
         async with self._slots:
+            answered = self._answered
             while True:
                 attempts += 1
                 pause, busy = None, False
@@ -125,6 +127,7 @@ class Remote:
                     if response.is_success:
                         answer = read(body or {}, _parsed(response))
                         self._failing_since, self._said = None, False
+                        self._answered += 1
                         return answer
                     why, pause = _said(response), retry_after(response.headers)
                     self._refused_for_good(response, why)
@@ -136,10 +139,10 @@ class Remote:
                 except (httpx2.TransportError, httpx2.DecodingError) as error:
                     why = f"{type(error).__name__}: {error}".removesuffix(": ")
                     failures += not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
-                if failures >= _MOST_FAILURES:
+                if failures >= _MOST_FAILURES and self._answered > answered:
                     raise ModelError(f"{self._name} failed {failures} times at one request, at last with: {why}")
                 self._out_of_patience(why, busy=busy)
-                await asyncio.sleep(_growing(attempts) if pause is None else pause)
+                await asyncio.sleep(_growing(attempts) if pause is None else max(pause, _SHORTEST_PAUSE))
 
     async def _send(self, method: str, path: str, body: Body | None) -> httpx2.Response:
         key = object()
@@ -178,11 +181,13 @@ class Remote:
             _log.warning("%s gives no answer (%s): waiting for up to %g seconds", self._name, why, patience)
 
 
-def served_as(remote: Remote, config: ModelConfig, role: str) -> tuple[str, int | None]:
+def served_as(remote: Remote, config: ModelConfig, role: str, adapter: str | None) -> tuple[str, int | None]:
     """What an OpenAI-compatible server calls the model, and the most tokens that it takes, where it says.
 
+    With an adapter it has another name there than its base, which the server may have too.
+
     Raises:
-        ModelError: it has no such model, or several and none of that name.
+        ModelError: it has no such model, or several and none of that name, or one with an adapter is not named.
     """
     server, listed = config.server, remote.get("/v1/models")
     try:
@@ -190,6 +195,10 @@ def served_as(remote: Remote, config: ModelConfig, role: str) -> tuple[str, int 
     except (TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{role}: the server lists no models: is it OpenAI-compatible?") from error
     given = None if server is None else server.served_name
+    if adapter is not None and given is None:
+        raise ModelError(
+            f"{role}: {adapter} is an adapter: say as server.served_name what the server calls the model with it"
+        )
     name = given or (next(iter(models)) if len(models) == 1 else config.model)
     if name not in models:
         there = ", ".join(models) or "none"

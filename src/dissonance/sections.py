@@ -47,6 +47,11 @@ class ServerConfig(Section):
         """What it is asked in: `openrlhf` where its address ends in /get_reward."""
         return "openrlhf" if self.url.endswith("/get_reward") else "openai"
 
+    @property
+    def asked(self) -> str:
+        """The protocol, and the model's name there if one is given."""
+        return self.protocol if self.served_name is None else f"{self.protocol} {self.served_name}"
+
 
 def parse_section(section: type[Settings], values: dict[str, Any]) -> Settings:
     """Validate settings; the first thing that is wrong becomes a SettingsError of one line."""
@@ -73,11 +78,11 @@ def _meant(section: type[BaseModel], where: tuple[int | str, ...]) -> str:
 
 
 def deciding(settings: Any) -> Any:
-    """Settings as JSON, less what decides no number: of a server, only that there is one, and what it speaks.
+    """Settings as JSON, less what decides no number: of a server, only what it speaks and the model's name there.
 
     So a run goes on when its server has moved to another port.
     """
-    return _with_servers(settings, lambda server: ServerConfig(**server).protocol)
+    return _with_servers(settings, lambda server: ServerConfig(**server).asked)
 
 
 def without_servers(settings: Any) -> Any:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +143,19 @@ def _read(parts: Parts, stage: Stage, batch: Batch, n: int) -> pa.Table:
     table = parts.read(stage.name, batch.window, batch.number)
     if table.select(_KEYS).to_pydict() != _keys(batch, n):
         name = parts.name(stage.name, batch.window, batch.number)
-        raise RunError(f"{name} holds other completions than planned: choose another --out")
+        raise RunError(f"{name} holds other completions than planned: delete it and run the same command again")
     return table
 
 
 def waiting(parts: Parts, stage: Stage, batches: Iterable[Batch]) -> list[Batch]:
     """The batches that are not stored yet."""
     there = parts.names()
-    return [batch for batch in batches if parts.name(stage.name, batch.window, batch.number) not in there]
+    left = [batch for batch in batches if parts.name(stage.name, batch.window, batch.number) not in there]
+    if stage is SAMPLING:  # what was computed of completions that are gone may be of others than those that come
+        for batch, later in product(left, (REFERENCE, SCORING)):
+            if parts.name(later.name, batch.window, batch.number) in there:
+                parts.drop(later.name, batch.window, batch.number)
+    return left
 
 
 def _completions_table(completions: Sequence[Completion]) -> pa.Table:

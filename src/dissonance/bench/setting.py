@@ -114,7 +114,9 @@ def _measure(sandbox: Sandbox, here: Place, name: str, part: PoolConfig, referen
     )
     prompts = load_prompts(**settings.prompts.model_dump()).prompts
     (folder / name).mkdir()
-    LocalEngine().prepare(settings, prompts).measure(folder / name, quiet)
+    engine = LocalEngine()
+    engine.prepare(settings, prompts).measure(folder / name, quiet)
+    engine.forget(folder / name)
 
 
 def _add_ensemble(sandbox: Sandbox, config: BenchConfig, seed: int, folder: Path) -> None:

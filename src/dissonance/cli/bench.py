@@ -53,7 +53,7 @@ def bench(
     if (options := ray_options(engine, address=ray_address, cpus=worker_cpus, gpus=worker_gpus)) is not None:
         from dissonance.engine.tasks import TaskPool
 
-        executor = partial(TaskPool, replace(options, workers=workers))
+        executor = partial(TaskPool, replace(options, workers=workers), folder=out.resolve())
     found = benchmark.bench(
         settings, out, seeds=seeds, workers=workers, executor=executor, progress=progress_of(silent)
     )

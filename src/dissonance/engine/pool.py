@@ -6,20 +6,24 @@ Our errors come back as values, since Ray would wrap them; Ray's own become ours
 import logging
 import os
 import pickle
+import platform
 import re
+import secrets
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dissonance import errors
 from dissonance.config import AuditConfig
 from dissonance.errors import DissonanceError, SettingsError
 
+_log = logging.getLogger(__name__)
 _BLOCKS = 8192
 """Blocks of a pipeline, at most: each is a task, and its bookkeeping."""
-_RESTARTS = 16
+RESTARTS = 16
 """How often an actor that died is started again, and what it was at tried again: not for ever, it may be why."""
 
 
@@ -47,14 +51,41 @@ class RayOptions:
                 raise SettingsError(f"{name} of each worker is {getattr(self, name)}: give 0 or more")
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A folder that every worker must see: on a disk of its own, what it left there would be lost to the others."""
+
+    mark: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> "Shared":
+        """Leave a mark in a folder."""
+        folder.mkdir(exist_ok=True)
+        mark = folder / f".shared-{secrets.token_hex(8)}.tmp"
+        mark.touch()
+        return cls(mark)
+
+    def check(self) -> None:
+        """On a worker.
+
+        Raises:
+            SettingsError: the mark is not there.
+        """
+        if not self.mark.exists():
+            raise SettingsError(
+                f"a worker on {platform.node()} does not see {self.mark.parent}: choose an --out that every node sees, "
+                "or, for an audit or a run, a --storage"
+            )
+
+
 class Pool:
     """Runs a class over items, in as many actors as there is room for."""
 
     def __init__(self, options: RayOptions) -> None:
         self._options = options
         self.workers = workers_of(options)
-        self.environment: dict[str, str] = {}
-        """What the settings name of this process's environment: keys of servers."""
+        self.environment = tokens()
+        """What of this process's environment is secret: tokens, and the keys of servers that the settings name."""
 
     def check_devices(self, config: AuditConfig) -> None:
         """Refuse to leave GPUs unused, or to share them unasked.
@@ -65,7 +96,8 @@ class Pool:
         import ray
 
         gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
-        if gpus and not self._options.gpus and "auto" in {config.policy.device, config.reward_model.device}:
+        devices = {one.device for one in (config.policy, config.reward_model) if one.server is None}
+        if gpus and not self._options.gpus and "auto" in devices:
             raise SettingsError(f"the cluster has {gpus:g} GPUs: give --worker-gpus 1, or --device cpu")
 
     def once(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -74,7 +106,7 @@ class Pool:
 
         options = self._options
         remote = ray.remote(_Each.once).options(num_cpus=options.cpus, num_gpus=options.gpus)
-        with _ray_errors():
+        with ray_errors():
             outcome = ray.get(remote.remote(self.environment, function, arguments))
         return value_of(outcome)
 
@@ -99,11 +131,11 @@ class Pool:
             compute=pool,
             num_cpus=options.cpus,
             num_gpus=options.gpus if gpus else 0,
-            max_restarts=_RESTARTS,
-            max_task_retries=_RESTARTS,
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
         )
         done = 0
-        with _ray_errors():
+        with ray_errors():
             for row in data.iter_rows():
                 yield value_of(pickle.loads(row["outcome"]))  # noqa: S301 - what our own worker gave
                 done += 1
@@ -173,14 +205,20 @@ def connect(address: str | None) -> None:
 def _environment() -> dict[str, str]:
     """What the models' libraries were told here, for the workers."""
     known = ("HF_", "TOKENIZERS_", "TRANSFORMERS_")
-    return {name: value for name, value in os.environ.items() if name.startswith(known)}
+    told = {name: value for name, value in os.environ.items() if name.startswith(known)}
+    return {name: told[name] for name in told.keys() - tokens().keys()}
+
+
+def tokens() -> dict[str, str]:
+    """The secret ones of these, which go another way: Ray shows the others to whoever sees its dashboard."""
+    return {name: value for name, value in os.environ.items() if name.startswith("HF_") and "TOKEN" in name}
 
 
 def workers_of(options: RayOptions) -> int:
     """How many workers run at once, at most.
 
     Raises:
-        SettingsError: the cluster has no room for one.
+        SettingsError: the cluster has no room for one, and how many there are to be is not said.
     """
     import ray
 
@@ -193,7 +231,12 @@ def workers_of(options: RayOptions) -> int:
         wants = ", ".join(f"{share:g} {name}" for name, share in asked.items())
         largest = max((tuple(node.get(name, 0.0) for name in asked) for node in nodes), default=(0.0, 0.0))
         has = ", ".join(f"{value:g} {name}" for value, name in zip(largest, asked, strict=True))
-        raise SettingsError(f"no node has room for a worker of {wants}: the largest has {has}")
+        if options.workers is None:
+            raise SettingsError(
+                f"no node has room for a worker of {wants}: the largest has {has} (of a cluster that grows, say "
+                "how many --workers there are to be)"
+            )
+        _log.warning("no node has room for a worker of %s yet: waiting for the cluster to grow", wants)
     return options.workers or room
 
 
@@ -218,7 +261,7 @@ def value_of(outcome: tuple[str | None, Any]) -> Any:
 
 
 @contextmanager
-def _ray_errors() -> Iterator[None]:
+def ray_errors() -> Iterator[None]:
     """Ray's errors are ours of one line."""
     import ray
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from dissonance.config import AuditConfig, ModelConfig
 from dissonance.engine.local import by_window_of, check_reward_model, load_model, stages_of
-from dissonance.engine.pool import Pool, RayOptions, connect
+from dissonance.engine.pool import Pool, RayOptions, Shared, connect, tokens
 from dissonance.parts import Parts, check_storage, parts_of
 from dissonance.progress import ProgressFactory
 from dissonance.prompt_table import PromptTable
@@ -66,7 +66,7 @@ class RayEngine:
         Raises:
             InputError: a model or a prompt cannot be used.
         """
-        self._pool.environment = _keys(config)
+        self._pool.environment = {**tokens(), **_keys(config)}
         if self._options.storage is not None:
             check_storage(self._options.storage)
         return RayRound(self._pool, _absolute(config), prompts, self._options.storage)
@@ -92,16 +92,17 @@ class RayRound:
     def measure(self, folder: Path, progress: ProgressFactory) -> dict[str, Any]:
         """Sample, score and measure: leaves `completions.parquet` and `prompts.parquet` in a round's folder."""
         parts, n, stages = parts_of(folder, self._storage), self._config.policy.n, stages_of(self._config)
+        shared = Shared.of(parts.place) if isinstance(parts.place, Path) else None
         for stage in stages:
             left = waiting(parts, stage, self._batches)
             together = self._together(stage, len(left))
             batches = [left[first : first + together] for first in range(0, len(left), together)]
             with progress(stage.label, sum(len(batch.prompts) for batch in left) * n, "completions") as advance:
-                for done in self._pool.each(_Computer, (stage.name, self._config, parts), batches, gpus=True):
+                for done in self._pool.each(_Computer, (stage.name, self._config, parts, shared), batches, gpus=True):
                     advance(done)
         by_window = by_window_of(self._batches)
         jobs = [(w, window, by_window[w]) for w, window in enumerate(self._windows)]
-        found = dict(self._pool.each(_Measurer, (self._config, parts), jobs, gpus=False))
+        found = dict(self._pool.each(_Measurer, (self._config, parts, shared), jobs, gpus=False))
         return write_round(folder, (_measured(parts, w, *found[w]) for w in range(len(self._windows))))
 
     def _together(self, stage: Stage, batches: int) -> int:
@@ -125,7 +126,9 @@ class _Planner:
 class _Computer:
     """A stage's model, and what it has to do."""
 
-    def __init__(self, stage: str, config: AuditConfig, parts: Parts) -> None:
+    def __init__(self, stage: str, config: AuditConfig, parts: Parts, shared: Shared | None) -> None:
+        if shared is not None:
+            shared.check()
         self._stage, self._parts, self._n = STAGES[stage], parts, config.policy.n
         self._model = load_model(self._stage, config)
 
@@ -140,7 +143,9 @@ _TABLES = ("measured-completions", "measured-prompts")
 
 
 class _Measurer:
-    def __init__(self, config: AuditConfig, parts: Parts) -> None:
+    def __init__(self, config: AuditConfig, parts: Parts, shared: Shared | None) -> None:
+        if shared is not None:
+            shared.check()
         self._config, self._parts = config, parts
 
     def __call__(self, item: tuple[int, PromptTable, list[Batch]]) -> tuple[int, tuple[Any, ...]]:
@@ -166,7 +171,8 @@ def _resolved(section: ModelConfig) -> dict[str, Any]:
 def _try(config: AuditConfig, prompt: Prompt) -> None:
     check_reward_model(config.reward_model, prompt)
     for stage in stages_of(config):
-        load_model(stage, config)
+        if stage is not SCORING:
+            load_model(stage, config)
 
 
 def _absolute(config: AuditConfig) -> AuditConfig:

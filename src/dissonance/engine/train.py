@@ -9,11 +9,12 @@ import os
 import runpy
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
-from dissonance.engine.pool import connect, last_line
+from dissonance.engine.pool import RayOptions, connect, last_line, tokens, workers_of
 from dissonance.engine.processes import end_with_input
-from dissonance.errors import DissonanceError
+from dissonance.errors import DissonanceError, SettingsError
 
 
 def main() -> None:
@@ -39,13 +40,16 @@ def _train(arguments: argparse.Namespace) -> None:
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
+    room = workers_of(RayOptions(cpus=arguments.cpus, gpus=arguments.gpus))
+    if room < arguments.workers:
+        raise SettingsError(f"the cluster has room for {room} such workers, not for {arguments.workers}")
     resources = {"CPU": arguments.cpus, **({"GPU": arguments.gpus} if arguments.gpus else {})}
     scaling = ScalingConfig(num_workers=arguments.workers, use_gpu=arguments.gpus > 0, resources_per_worker=resources)
     module, *its = arguments.module
     with tempfile.TemporaryDirectory(prefix="dissonance-") as notes:  # Ray Train's own; ours are in the run folder
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"module": module, "arguments": its},
+            train_loop_config={"module": module, "arguments": its, "folder": str(Path.cwd()), "environment": tokens()},
             scaling_config=scaling,
             run_config=RunConfig(storage_path=notes),
         )
@@ -60,6 +64,8 @@ def _work(config: dict[str, Any]) -> None:
     # The module ends when its standard input does: here Ray ends it, and nothing is ever read.
     reading, _ = os.pipe()
     os.dup2(reading, 0)
+    os.chdir(config["folder"])  # Ray Train has each worker stand in a folder of its own
+    os.environ.update(config["environment"])
     sys.argv = [config["module"], *config["arguments"]]
     try:
         runpy.run_module(config["module"], run_name="__main__")

@@ -10,7 +10,14 @@ from dissonance.classifier import check_classifies, output_index
 from dissonance.config import RewardConfig
 from dissonance.conversation_encoder import ROLE, ConversationEncoder, TokenIds
 from dissonance.errors import DataError, ModelError, SettingsError
-from dissonance.huggingface import PLAIN_TEMPLATE, join_answer, load_tokenizer, render_chat, render_plain
+from dissonance.huggingface import (
+    PLAIN_TEMPLATE,
+    base_and_adapter,
+    join_answer,
+    load_tokenizer,
+    render_chat,
+    render_plain,
+)
 from dissonance.huggingface import uses_chat_template as uses_chat
 from dissonance.records import Message, Reward
 from dissonance.remote import Body, Remote, served_as
@@ -59,7 +66,8 @@ class ClassifyRewardModel(_Served):
             )
         self._outputs, self._index = known.num_labels, output_index(config, known.num_labels)
         self._pad_id = known.get_text_config().pad_token_id
-        self._name, longest = served_as(self._remote, config, ROLE)
+        adapter = base_and_adapter(config, ROLE)[1]
+        self._name, longest = served_as(self._remote, config, ROLE, adapter)
         if longest is not None and longest < self._encoder.max_length:
             raise ModelError(
                 f"{ROLE}: the server takes {longest} tokens, and the model {self._encoder.max_length}: start it with a "

@@ -11,6 +11,7 @@ from typing import Any
 
 from dissonance.config import PolicyConfig
 from dissonance.errors import ModelError, SettingsError
+from dissonance.huggingface import base_and_adapter
 from dissonance.language_model import PromptEncoder, check_generates, end_ids, generation_config
 from dissonance.records import Completion, FinishReason, Message, Prompt
 from dissonance.remote import Body, Remote, UnfinishedError, served_as
@@ -49,7 +50,8 @@ class HTTPPolicy:
         known = check_generates(config, "policy")
         self._ends = end_ids(generation_config(config, known, "policy"), self._encode.tokenizer)
         self._remote = Remote(config.server, "policy")
-        self._name, longest = served_as(self._remote, config, "policy")
+        adapter = base_and_adapter(config, "policy")[1]
+        self._name, longest = served_as(self._remote, config, "policy", adapter)
         limits = (getattr(known.get_text_config(), "max_position_embeddings", None), longest)
         self._context = min((limit for limit in limits if limit), default=None)
         self.concurrency = math.ceil(config.server.requests / _PROMPTS_IN_BATCH) + 1
