@@ -32,7 +32,7 @@ from dissonance.sampling import HFPolicy, HFReference, HTTPPolicy, load_policy
 from dissonance.sandbox import Sandbox, World, build_sandbox, train
 from dissonance.sections import ServerConfig
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]  # a server takes minutes to start
 
 ENVIRONMENT = Path(os.environ.get("DISSONANCE_TEST_ENVS", Path(__file__).parent.parent)) / ".venv-vllm"
 SMOLLM2 = ENVIRONMENT / "smollm2"
@@ -135,7 +135,7 @@ def smollm2_server(folder: Path) -> Iterator[Vllm]:
 
 
 def policy_config(server: Vllm, model: Path, **settings: Any) -> PolicyConfig:
-    where = ServerConfig(url=server.url, patience=settings.pop("patience", 20))
+    where = ServerConfig(url=server.url, **{"patience": 20, **settings.pop("server", {})})
     settings = {"n": 8, "max_new_tokens": 24, "dtype": "float32", **settings}
     return PolicyConfig(model=str(model), server=where, **settings)
 
@@ -245,9 +245,10 @@ def test_servers_killed_in_the_middle_of_an_audit_lose_and_double_nothing(
 ) -> None:
     config = AuditConfig(
         prompts={"source": str(sandbox.prompts), "limit": 96},
-        policy=policy_config(policy_server, narrowed, patience=400),
+        policy=policy_config(policy_server, narrowed, server={"patience": 400, "requests": 2}),
         reward_model=RewardConfig(
-            model=str(sandbox.reward_model), dtype="float32", server=ServerConfig(url=reward_server.url, patience=400)
+            model=str(sandbox.reward_model), dtype="float32",
+            server=ServerConfig(url=reward_server.url, patience=400, requests=2),
         ),
     )  # fmt: skip
     audit(config, folder / "undisturbed")
