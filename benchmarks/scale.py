@@ -157,6 +157,7 @@ def _audit(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _ray(nodes: int) -> Iterator[Engine]:
+    import ray
     from ray.cluster_utils import Cluster
 
     from dissonance.engine.pool import RayOptions
@@ -168,6 +169,7 @@ def _ray(nodes: int) -> Iterator[Engine]:
     try:
         yield RayEngine(RayOptions(address=cluster.address))
     finally:
+        ray.shutdown()
         cluster.shutdown()
 
 

@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 from conftest import WORDS
 from dissonance.engine.pool import Shared
 from dissonance.errors import SettingsError
+from loop_world import write_world
 from model_server import Models, ModelServer
 from storage import ftp
 
@@ -37,6 +38,8 @@ def gated(prompts, completions):
         (HERE / f"busy-{os.getpid()}").touch()
         while not (HERE / "go").exists():
             time.sleep(0.05)
+        with (HERE / "scored").open("a") as file:
+            file.write(f"{len(completions)}\\n")
     return quick(prompts, completions)
 """
 
@@ -92,8 +95,8 @@ def on(cluster: Cluster, **options: Any) -> dict[str, Any]:
     return {"engine": "ray", "ray-address": cluster.address, **options}
 
 
-def tables(run: Path) -> dict[str, Any]:
-    return {name: pq.read_table(run / "round-000" / f"{name}.parquet") for name in ("prompts", "completions")}
+def tables(run: Path, number: int = 0) -> dict[str, Any]:
+    return {name: pq.read_table(run / f"round-{number:03d}" / f"{name}.parquet") for name in ("prompts", "completions")}
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -129,6 +132,7 @@ def test_a_cluster_measures_what_one_process_measures(
     assert not (tmp_path / "there" / "round-000" / "parts").exists()
     assert "sampling: 480/480 completions" in err
     assert "Dataset" not in err
+    assert "Warning" not in err
     timeless = {"seconds", "tokens_per_second"}
     here_found = json.loads((tmp_path / "here" / "summary.json").read_text())
     there_found = json.loads(out)
@@ -188,6 +192,23 @@ def test_what_is_killed_in_the_middle_costs_its_batches_only(
     if victim != "node":
         cluster.remove_node(doomed)
     assert same(expected, tables(out))
+    scored = (folder / "scored").read_text().split()
+    (folder / "scored").unlink()
+    assert sum(map(int, scored)) == 480  # what was lost was at the gate, and nothing was scored twice
+
+
+def test_rounds_begin_on_a_cluster_with_what_the_round_before_has_trained(
+    cluster: Cluster, make_policy: Any, make_reward_model: Any, tmp_path: Path
+) -> None:
+    settings = write_world(tmp_path, make_policy, make_reward_model) | {"rounds": {"most": 2}}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))  # which is YAML too
+    for name, where in (("here", {}), ("there", on(cluster))):
+        options = [x for option, value in where.items() for x in (f"--{option}", value)]
+        code, _, err = ended(command("run", "run.yaml", "--out", name, *options, cwd=tmp_path))
+        assert code == 0, err
+    for number in range(2):
+        assert same(tables(tmp_path / "here", number), tables(tmp_path / "there", number))
+        assert not (tmp_path / "there" / f"round-{number:03d}" / "parts").exists()
 
 
 def test_a_killed_run_goes_on_and_names_a_part_that_cannot_be_read(

@@ -10,6 +10,7 @@ import platform
 import re
 import secrets
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,22 +119,25 @@ class Pool:
         """
         import ray
         from ray.data import ActorPoolStrategy
+        from ray.util.annotations import RayDeprecationWarning
 
         if not items:
             return
         rows = [{"item": pickle.dumps(item)} for item in items]
         pool = ActorPoolStrategy(min_size=1, max_size=max(1, min(self.workers, len(rows))))
         options = self._options
-        data = ray.data.from_items(rows, override_num_blocks=min(len(rows), _BLOCKS)).map_batches(
-            _Each,
-            batch_size=1,
-            fn_constructor_args=(worker, arguments, self.environment),
-            compute=pool,
-            num_cpus=options.cpus,
-            num_gpus=options.gpus if gpus else 0,
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
-        )
+        with warnings.catch_warnings():  # max_restarts and max_task_retries have no other road before Ray 2.64
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            data = ray.data.from_items(rows, override_num_blocks=min(len(rows), _BLOCKS)).map_batches(
+                _Each,
+                batch_size=1,
+                fn_constructor_args=(worker, arguments, self.environment),
+                compute=pool,
+                num_cpus=options.cpus,
+                num_gpus=options.gpus if gpus else 0,
+                max_restarts=RESTARTS,
+                max_task_retries=RESTARTS,
+            )
         done = 0
         with ray_errors():
             for row in data.iter_rows():
