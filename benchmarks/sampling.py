@@ -53,6 +53,8 @@ NOTES = (
 )
 TALK = ("Do you know anything about {topic}?", "Yes, quite a lot. What would you like?", "Tell me the oddest fact.")
 MEASURED = ("ours", "recipe")
+CHECKED = 4
+"""Prompts whose completions' log-likelihoods are compared."""
 FORMS = ((PLAIN,), (POLITE,), (NOTES,), TALK)
 
 
@@ -188,10 +190,23 @@ def _compare(arguments: argparse.Namespace, folder: str, dtype: str) -> dict[str
     }
     recipe = methods.get("recipe")
     if isinstance(recipe, Recipe) and isinstance(methods["ours"], Ours):
-        answers = methods["ours"](prompts[:1])
-        differences = [abs(c.logprob - recipe.logprob(prompts[0], c.token_ids)) for c in answers]
-        found["largest_logprob_difference"] = max(differences)
+        found["differences"] = _differences(methods["ours"], recipe, prompts[:CHECKED])
     return found
+
+
+def _differences(ours: Ours, recipe: Recipe, prompts: list[Prompt]) -> dict[str, list[float]]:
+    """Between log-likelihoods of the same completions: each way's, and those of the same weights in float32."""
+    told = [(prompt, completion) for prompt in prompts for completion in ours([prompt])]
+    again = [recipe.logprob(prompt, completion.token_ids) for prompt, completion in told]
+    recipe.model.float()
+    exact = [recipe.logprob(prompt, completion.token_ids) for prompt, completion in told]
+    drawn = [completion.logprob for _, completion in told]
+    pairs = {
+        "ours and the recipe": (drawn, again),
+        "ours and float32": (drawn, exact),
+        "recipe and float32": (again, exact),
+    }
+    return {name: [abs(a - b) for a, b in zip(*both, strict=True)] for name, both in pairs.items()}
 
 
 def _speeds(runs: list[dict[str, float]]) -> list[float]:
@@ -238,8 +253,8 @@ def _show(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     print(f"  ours, share of the limit      {spread(result['share_of_limit'])}")
     for method, memory in result["memory_mb"].items():
         print(f"  {method:10} peak memory       {memory:9.0f} MB above the model")
-    if "largest_logprob_difference" in result:
-        print(f"  largest difference from the recipe's log-likelihood: {result['largest_logprob_difference']:.1e} nats")
+    for between, values in result.get("differences", {}).items():
+        print(f"  log-likelihoods of {between}: {statistics.mean(values):.1e} nats apart, {max(values):.1e} at most")
 
 
 if __name__ == "__main__":
