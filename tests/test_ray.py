@@ -192,9 +192,10 @@ def test_what_is_killed_in_the_middle_costs_its_batches_only(
     if victim != "node":
         cluster.remove_node(doomed)
     assert same(expected, tables(out))
-    scored = (folder / "scored").read_text().split()
+    scored = [int(line) for line in (folder / "scored").read_text().split()]
     (folder / "scored").unlink()
-    assert sum(map(int, scored)) == 480  # what was lost was at the gate, and nothing was scored twice
+    # What was lost was at the gate, which a worker of a node that is gone may pass before it ends: no more is new.
+    assert 480 <= sum(scored) <= 480 + max(scored)
 
 
 def test_rounds_begin_on_a_cluster_with_what_the_round_before_has_trained(
