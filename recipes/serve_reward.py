@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import secrets
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -247,7 +248,11 @@ def main() -> None:
     arguments = parser.parse_args()
     config = RewardConfig(model=arguments.model, adapter=arguments.adapter, kind=arguments.kind)
     special = AutoTokenizer.from_pretrained(arguments.policy).all_special_tokens if arguments.policy else ()
-    app = make_app(load_reward_model(config), arguments.model, special, os.environ.get("REWARD_TOKEN") or None)
+    try:
+        reward_model = load_reward_model(config)
+    except DissonanceError as error:
+        sys.exit(f"serve_reward.py: {error}")
+    app = make_app(reward_model, arguments.model, special, os.environ.get("REWARD_TOKEN") or None)
     uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning")
 
 

@@ -828,7 +828,9 @@ def test_wrong_options_are_one_line(
 ) -> None:
     given = ["audit", "--policy", str(policy_folder), "--reward-model", "r", "--prompts", "p.jsonl", "--out", "run"]
     assert run_command([*given, *options]) == 2
-    assert said in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert said in err
+    assert not any(secret in err for secret in ("me:pw", "token=x"))
 
 
 def test_a_callable_has_no_server() -> None:

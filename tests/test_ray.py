@@ -16,7 +16,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from conftest import WORDS
-from dissonance.engine.pool import Shared
+from dissonance.engine.pool import Shared, connect
 from dissonance.errors import SettingsError
 from loop_world import write_world
 from model_server import Models, ModelServer
@@ -133,6 +133,7 @@ def test_a_cluster_measures_what_one_process_measures(
     assert "sampling: 480/480 completions" in err
     assert "Dataset" not in err
     assert "Warning" not in err
+    assert "logging.cc" not in err
     timeless = {"seconds", "tokens_per_second"}
     here_found = json.loads((tmp_path / "here" / "summary.json").read_text())
     there_found = json.loads(out)
@@ -259,6 +260,11 @@ def test_what_a_worker_finds_wrong_is_said_as_here(
     )
     assert code == 2
     assert "no node has room for a worker of 1 CPU, 1 GPU" in err
+
+
+def test_no_cluster_at_an_address_is_said_at_once() -> None:
+    with pytest.raises(SettingsError, match=r"there is no Ray cluster at 127\.0\.0\.1:1: .*refused"):
+        connect("127.0.0.1:1")
 
 
 def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ def checked_address(address: str, example: str = "http://127.0.0.1:8000/v1") -> 
         ValueError: it has no http(s) scheme or no host, or holds a password; the message goes on from a name.
     """
     parts = urlsplit(address)
+    if parts.username or parts.password:
+        raise ValueError("holds a password: name the variable that holds the key as api_key_env (--server-key-env)")
     if parts.scheme not in {"http", "https"} or not parts.hostname or not _port(parts):
         raise ValueError(f"is {address!r}: write it as {example}")
-    if parts.username or parts.password:
-        raise ValueError("holds a password: name the variable that holds the key as api_key_env")
     return address
 
 

@@ -121,8 +121,18 @@ def check_storage(storage: str) -> None:
     """Find out whether a storage can be used.
 
     Raises:
-        SettingsError: it is no URL, holds a password, or fsspec does not know it.
+        SettingsError: as `check_url`, or fsspec does not know it.
         DissonanceError: it does not answer.
+    """
+    check_url(storage)
+    Parts(storage).names()
+
+
+def check_url(storage: str) -> None:
+    """Look at the address of a storage.
+
+    Raises:
+        SettingsError: it is no URL, or holds a password.
     """
     if "://" not in storage:
         raise SettingsError(
@@ -133,7 +143,6 @@ def check_storage(storage: str) -> None:
             "--storage holds a password: keep it in a configuration file of fsspec's, or in the variables that the "
             "storage reads, on every node"
         )
-    Parts(storage).names()
 
 
 def parts_of(folder: Path, storage: str | None = None) -> Parts:

@@ -23,6 +23,8 @@ from dissonance.errors import ModelError
 from dissonance.sections import ServerConfig
 
 _CONNECT_SECONDS = 10.0
+_LISTING_SECONDS = 30.0
+"""For what takes a server no work."""
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.25, 15.0
 _LONGEST_ASKED_PAUSE = 60.0
 _MOST_FAILURES = 8
@@ -148,7 +150,10 @@ class Remote:
         key = object()
         self._sent[key] = time.monotonic()
         try:
-            return await self._client.request(method, self._config.url + path, json=body)
+            timeout = self._client.timeout
+            if method == "GET":
+                timeout = httpx2.Timeout(min(_LISTING_SECONDS, self._config.timeout))
+            return await self._client.request(method, self._config.url + path, json=body, timeout=timeout)
         finally:
             del self._sent[key]
 
@@ -160,7 +165,7 @@ class Remote:
         """Raise unless the same request may be answered later."""
         lasting = response.status_code == httpx2.codes.NOT_IMPLEMENTED or not response.is_server_error
         if response.status_code not in _AGAIN and lasting:
-            raise ModelError(f"{self._name} refuses a request: {why}")
+            raise ModelError(f"{self._name} refuses a request: {why}{_hint(response)}")
 
     def _out_of_patience(self, why: str, *, busy: bool) -> None:
         """Raise where nothing was answered for so long; the first time, say that it is waited for.
@@ -173,8 +178,8 @@ class Remote:
         works = busy and min(self._sent.values(), default=now) <= self._failing_since
         if now - self._failing_since >= patience and not works:
             raise ModelError(
-                f"{self._name} gave no answer for {patience:g} seconds ({why}): is it running, and is this its "
-                "address? What was done is stored; the same command goes on"
+                f"{self._name} gave no answer for {patience:g} seconds ({why}): is it running, and is this its address?"
+                + (" What was done is stored; the same command goes on" if self._answered else "")
             )
         if not self._said:
             self._said = True
@@ -251,6 +256,16 @@ def _parsed(response: httpx2.Response) -> Any:
         raise UnfinishedError(f"a reply that is no JSON: {_one_line(response.text)}") from error
 
 
+def _hint(response: httpx2.Response) -> str:
+    """What a wrong address may be."""
+    if response.status_code != httpx2.codes.NOT_FOUND:
+        return ""
+    return (
+        f": there is no {response.request.url.path}: is this the root of a server of vLLM's protocol? (The address of "
+        "one that speaks OpenRLHF's ends in /get_reward)"
+    )
+
+
 def _said(response: httpx2.Response) -> str:
     """The status and the message of a refusal."""
     try:
@@ -258,8 +273,8 @@ def _said(response: httpx2.Response) -> str:
         said = body.get("error", body.get("detail", body))
         text = said["message"] if isinstance(said, dict) and "message" in said else str(said)
     except (ValueError, AttributeError):
-        text = response.text
-    return _one_line(f"{response.status_code} {text}")
+        text = "" if response.text.lstrip().startswith("<") else response.text  # a page for people
+    return _one_line(f"{response.status_code} {text or response.reason_phrase}")
 
 
 def _one_line(text: str) -> str:

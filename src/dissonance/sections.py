@@ -39,7 +39,9 @@ class ServerConfig(Section):
     @classmethod
     def _root(cls, url: str) -> str:
         if "?" in url or "#" in url:
-            raise ValueError("holds more than an address: name the variable that holds a key as api_key_env")
+            raise ValueError(
+                "holds more than an address: name the variable that holds a key as api_key_env (--server-key-env)"
+            )
         return checked_address(url, "http://127.0.0.1:8000").rstrip("/").removesuffix("/v1").rstrip("/")
 
     @property
@@ -63,7 +65,8 @@ def parse_section(section: type[Settings], values: dict[str, Any]) -> Settings:
         where = ".".join(str(part) for part in first["loc"]) or "settings"
         if first["type"] == "extra_forbidden":
             raise SettingsError(f"{where}: there is no such setting{_meant(section, first['loc'])}") from error
-        given = "" if isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"
+        secret = first["loc"][-1:] == ("url",)  # which may hold a key
+        given = "" if secret or isinstance(first["input"], dict | BaseModel) else f" (got {first['input']!r})"
         raise SettingsError(f"{where}: {first['msg'].removeprefix('Value error, ')}{given}") from error
 
 

@@ -45,15 +45,17 @@ def bench(
     settings = parse_section(benchmark.BenchConfig, changed(read_yaml(config), changes or ()))
     out = out or config.with_suffix("")
     seeds: Any = "development" if development else "confirmation"
+    options = ray_options(engine, address=ray_address, cpus=worker_cpus, gpus=worker_gpus)
+    options = None if options is None else replace(options, workers=workers)
     if dry_run:
         planned = benchmark.plan(settings, out, seeds)
         say(planned, as_json, [*_plan_lines(planned), *_notes(settings, len(planned["seeds"]))])
         return
     executor = None
-    if (options := ray_options(engine, address=ray_address, cpus=worker_cpus, gpus=worker_gpus)) is not None:
+    if options is not None:
         from dissonance.engine.tasks import TaskPool
 
-        executor = partial(TaskPool, replace(options, workers=workers), folder=out.resolve())
+        executor = partial(TaskPool, options, folder=out.resolve())
     found = benchmark.bench(
         settings, out, seeds=seeds, workers=workers, executor=executor, progress=progress_of(silent)
     )

@@ -9,6 +9,8 @@ import pickle
 import platform
 import re
 import secrets
+import socket
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +22,10 @@ from typing import Any
 from dissonance import errors
 from dissonance.config import AuditConfig
 from dissonance.errors import DissonanceError, SettingsError
+from dissonance.parts import check_url
 
 _log = logging.getLogger(__name__)
+_ANSWERS_IN = 10.0
 _BLOCKS = 8192
 """Blocks of a pipeline, at most: each is a task, and its bookkeeping."""
 RESTARTS = 16
@@ -47,6 +51,8 @@ class RayOptions:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise SettingsError(f"workers is {self.workers}: give at least 1")
+        if self.storage is not None:
+            check_url(self.storage)
         for name in ("cpus", "gpus"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise SettingsError(f"{name} of each worker is {getattr(self, name)}: give 0 or more")
@@ -194,16 +200,43 @@ def connect(address: str | None) -> None:
         raise SettingsError("engine ray needs Ray: pip install 'dissonance[ray]'") from error
     if not ray.is_initialized():
         asked = address or os.environ.get("RAY_ADDRESS")
+        _check_answers(asked)
         try:
-            ray.init(
-                address=asked or "local", include_dashboard=None if asked else False, log_to_driver=False,
-                logging_level=logging.ERROR, runtime_env={"env_vars": _environment()},
-            )  # fmt: skip
+            with _hushed():
+                ray.init(
+                    address=asked or "local", include_dashboard=None if asked else False, log_to_driver=False,
+                    logging_level=logging.ERROR, runtime_env={"env_vars": _environment()},
+                )  # fmt: skip
         except (ConnectionError, ValueError, RuntimeError) as error:
             failed = f"there is no Ray cluster at {asked}" if asked else "Ray cannot be started here"
             raise SettingsError(f"{failed}: {last_line(error)}") from error
     DataContext.get_current().enable_progress_bars = False  # ours says what was done
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Nothing on standard error, where Ray's core says what its log level is."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _check_answers(address: str | None) -> None:
+    """Find out at once whether anything is at an address: Ray itself tries for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # auto, local
+        return
+    try:
+        socket.create_connection((host, int(port)), _ANSWERS_IN).close()
+    except (OSError, OverflowError) as error:
+        raise SettingsError(f"there is no Ray cluster at {address}: {error}") from error
 
 
 def _environment() -> dict[str, str]:
