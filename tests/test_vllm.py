@@ -134,7 +134,7 @@ def smollm2_server(folder: Path) -> Iterator[Vllm]:
     yield from served(SMOLLM2, folder, "--max-model-len", "512")
 
 
-def policy_config(server: Vllm, model: Path, **settings: Any) -> PolicyConfig:
+def policy_config(server: Vllm, model: Path, /, **settings: Any) -> PolicyConfig:
     where = ServerConfig(url=server.url, **{"patience": 20, **settings.pop("server", {})})
     settings = {"n": 8, "max_new_tokens": 24, "dtype": "float32", **settings}
     return PolicyConfig(model=str(model), server=where, **settings)
