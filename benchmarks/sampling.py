@@ -4,7 +4,7 @@ ours        this package
 recipe      the usual one, a prompt at a time: `generate` with N return sequences, the text decoded and tokenised again,
             and a second full forward pass with log_softmax over all logits
 continuous  Transformers' continuous batching, with the log-probabilities that it gives
-vllm        vLLM's engine in an environment of its own, likewise; left out where there is none
+vllm        vLLM's engine in an environment of its own, likewise; left out where there is none, and in the built-in world
 
 All sample the same prompts at temperature 1, N completions each, in the same dtype, to the same end-of-sequence id; the
 tokens up to it count. The limit is a teacher-forced forward pass, language model head and all, at the batch size that
@@ -95,8 +95,13 @@ def _arguments() -> argparse.Namespace:
         parser.error("--methods: the others are compared with ours")
     if arguments.vllm is None and "vllm" in arguments.methods:
         arguments.vllm = Path(__file__).parents[1] / ".venv-vllm"
+        why = None
         if arguments.device != "cpu" or not (arguments.vllm / "bin" / "python").exists():
-            print(f"vllm is left out: there is no {arguments.vllm} for this device", file=sys.stderr)
+            why = f"there is no {arguments.vllm} for this device"
+        elif arguments.model is None:
+            why = "its engine for CPUs dies of the built-in world's policy"
+        if why is not None:
+            print(f"vllm is left out: {why}", file=sys.stderr)
             arguments.methods.remove("vllm")
     return arguments
 
