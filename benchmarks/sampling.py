@@ -4,7 +4,8 @@ ours        this package
 recipe      the usual one, a prompt at a time: `generate` with N return sequences, the text decoded and tokenised again,
             and a second full forward pass with log_softmax over all logits
 continuous  Transformers' continuous batching, with the log-probabilities that it gives
-vllm        vLLM's engine in an environment of its own, likewise; left out where there is none, and in the built-in world
+vllm        vLLM's engine in an environment of its own, likewise; left out where there is none, and in the built-in
+            world
 
 All sample the same prompts at temperature 1, N completions each, in the same dtype, to the same end-of-sequence id; the
 tokens up to it count. The limit is a teacher-forced forward pass, language model head and all, at the batch size that
