@@ -380,7 +380,7 @@ def test_no_two_of_many_are_the_same_annotator_at_once(tmp_path):
         person = stores[0].annotator("scripted", "simulated")
 
         def come_and_go(store):
-            for _ in range(40):
+            while len(together) < 40:  # most attempts find it taken, and how many is the machine's affair
                 with suppress(SettingsError), run._alone(store, person):
                     inside.append(1)
                     together.append(len(inside))
@@ -390,8 +390,7 @@ def test_no_two_of_many_are_the_same_annotator_at_once(tmp_path):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
-    assert len(together) >= 40
+            thread.join()
     assert set(together) == {1}
     assert list(tmp_path.glob("*.lock")) == []
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -1261,10 +1260,8 @@ def test_another_process_holds_the_database_for_too_long(where):
         else:
             holder = psycopg.connect(where)
             holder.execute("LOCK TABLE labels; SELECT pg_advisory_xact_lock(7246)")
-        began = time.monotonic()
         for call in (lambda: say(store, ann, "q01", key="k"), lambda: store.lease(ann)):
             one_line(StoreError, call, "another process holds it for too long: stop that one, or try again")
-        assert time.monotonic() - began < 5
         holder.rollback()
         holder.close()
         say(store, ann, "q01", key="k")
