@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from dissonance import errors
-from dissonance.config import AuditConfig
 from dissonance.errors import DissonanceError, SettingsError
 from dissonance.parts import check_url
 
@@ -93,19 +92,6 @@ class Pool:
         self.workers = workers_of(options)
         self.environment = tokens()
         """What of this process's environment is secret: tokens, and the keys of servers that the settings name."""
-
-    def check_devices(self, config: AuditConfig) -> None:
-        """Refuse to leave GPUs unused, or to share them unasked.
-
-        Raises:
-            SettingsError: the cluster has GPUs, and neither workers nor models are told what to do with them.
-        """
-        import ray
-
-        gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
-        devices = {one.device for one in (config.policy, config.reward_model) if one.server is None}
-        if gpus and not self._options.gpus and "auto" in devices:
-            raise SettingsError(f"the cluster has {gpus:g} GPUs: give --worker-gpus 1, or --device cpu")
 
     def once(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function on a worker."""
@@ -231,10 +217,10 @@ def _hushed() -> Iterator[None]:
 def _check_answers(address: str | None) -> None:
     """Find out at once whether anything is at an address: Ray itself tries for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():  # auto, local
+    if not host or "://" in host or not port.isdecimal():  # auto, local, or what only Ray understands
         return
     try:
-        socket.create_connection((host, int(port)), _ANSWERS_IN).close()
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWERS_IN).close()
     except (OSError, OverflowError) as error:
         raise SettingsError(f"there is no Ray cluster at {address}: {error}") from error
 

@@ -19,6 +19,7 @@ from typing import Any
 from dissonance.config import AuditConfig, ModelConfig
 from dissonance.engine.local import by_window_of, check_reward_model, load_model, stages_of
 from dissonance.engine.pool import Pool, RayOptions, Shared, connect, tokens
+from dissonance.errors import SettingsError
 from dissonance.parts import Parts, check_storage, parts_of
 from dissonance.progress import ProgressFactory
 from dissonance.prompt_table import PromptTable
@@ -66,6 +67,7 @@ class RayEngine:
         Raises:
             InputError: a model or a prompt cannot be used.
         """
+        _check_devices(config, self._options)
         self._pool.environment = {**tokens(), **_keys(config)}
         if self._options.storage is not None:
             check_storage(self._options.storage)
@@ -81,7 +83,6 @@ class RayRound:
     """An audit that has planned its batches before it writes anything."""
 
     def __init__(self, pool: Pool, config: AuditConfig, prompts: Sequence[Prompt], storage: str | None) -> None:
-        pool.check_devices(config)
         pool.once(_try, config, prompts[0])
         self._pool, self._config, self._storage = pool, config, storage
         self._windows = windows_of(prompts)
@@ -160,6 +161,20 @@ class _Measurer:
 def _measured(parts: Parts, w: int, tally: dict[str, Any], seconds: dict[str, float]) -> MeasuredWindow:
     completions, prompts = (parts.read(name, w, 0).replace_schema_metadata(None) for name in _TABLES)
     return MeasuredWindow(completions, prompts, ConflictTally(**tally), seconds)
+
+
+def _check_devices(config: AuditConfig, options: RayOptions) -> None:
+    """Refuse to leave GPUs unused, or to share them unasked.
+
+    Raises:
+        SettingsError: the cluster has GPUs, and neither workers nor models are told what to do with them.
+    """
+    import ray
+
+    gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+    devices = {one.device for one in (config.policy, config.reward_model) if one.server is None}
+    if gpus and not options.gpus and "auto" in devices:
+        raise SettingsError(f"the cluster has {gpus:g} GPUs: give --worker-gpus 1, or --device cpu")
 
 
 def _resolved(section: ModelConfig) -> dict[str, Any]:
