@@ -154,10 +154,12 @@ def _watch(lead: Annotator, until: float) -> None:
     """Keep the overview open, as its page does: a look every 2 s."""
     lead.sign_in()
     due = time.perf_counter()
-    while due < until:
+    while True:
         _sleep_until(due)
         lead.look("/overview/live", due, "overview")
         due = max(due + 2, time.perf_counter())
+        if due >= until:
+            return
 
 
 def _sleep_until(due: float) -> None:

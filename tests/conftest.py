@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl  # noqa: F401 - with the others, before what they hold is frozen
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -34,6 +35,7 @@ from transformers import (
 from postgres import make_postgres_url, postgres_server, postgres_url  # noqa: F401
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+settings.load_profile("ci")  # no deadlines, and the same examples each time; drawn anew: --hypothesis-profile default
 # A shell's background job ignores Ctrl-C, and so would the processes that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring

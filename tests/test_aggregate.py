@@ -89,7 +89,7 @@ def test_the_preferred_side_is_never_swapped(method, ids, shown, n, better):
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_nobody_is_preferred_whom_nobody_preferred(data):
     """For any votes, methods and shown orders: a chosen side has a voter."""
     labels, asked = [], []
@@ -394,7 +394,7 @@ def histories(draw):
 
 
 @given(histories(), st.sampled_from(METHODS), st.booleans(), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_label_is_counted_or_accounted_for_whatever_the_order(history, method, people_only, random):
     labels, asked, gold = history
     options = {"exclude": ["judge"]} if people_only else {}
@@ -412,7 +412,7 @@ def test_every_label_is_counted_or_accounted_for_whatever_the_order(history, met
 
 
 @given(histories(), histories(), st.sampled_from(["majority", "dgr"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_prompt_of_another_round_is_another_prompt(first, second, method):
     """The same prompt_ids and completion_ids with other texts: together they come to what each comes to alone."""
     labels, asked, gold = second

@@ -193,7 +193,7 @@ def any_labels(draw):
 
 
 @pytest.mark.parametrize("kind", ["csv", "argilla", "label-studio"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(given_labels=any_labels())
 def test_every_label_that_a_format_can_carry_comes_back(kind, fresh_store, tmp_path_factory, given_labels):
     folder = tmp_path_factory.mktemp("trip")
@@ -313,7 +313,7 @@ def test_a_preference_and_a_row_come_back_to_their_round(completions, store, tmp
         import_labels(store, csv_file(tmp_path, row | {"round": "two"}))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.lists(st.tuples(st.sampled_from(QUESTIONS[:2]), st.booleans(), st.booleans()), min_size=1, max_size=2,
              unique_by=lambda drawn: drawn[0].query_id),
@@ -800,7 +800,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(content=st.binary(max_size=60) | JSON.map(lambda value: json.dumps([value]).encode()))
 def test_no_content_ends_in_anything_but_one_line(fresh_store, tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp()

@@ -145,7 +145,7 @@ class LabelStudio:
         until = time.monotonic() + 240
         while time.monotonic() < until:
             assert self.process.poll() is None, self.log.read_text()[-2000:]
-            with suppress(requests.ConnectionError):
+            with suppress(requests.ConnectionError, requests.Timeout):
                 if requests.get(f"{self.url}/health", timeout=10).ok:
                     return
             time.sleep(0.2)  # the server says by nothing else that it is up

@@ -13,9 +13,6 @@ from web_clients import LOGIN, ask, client_of, store_of
 
 QUICK = settings(
     max_examples=12,
-    deadline=None,
-    derandomize=True,
-    database=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )

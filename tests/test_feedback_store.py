@@ -146,11 +146,11 @@ def test_a_question_is_leased_in_order_and_held(store, ann, clock):
 
 
 def test_sides_are_drawn_at_random_and_kept(store, ann):
-    store.add_questions([question(f"q{i}", "ranking") for i in range(60)])
-    held = store.lease_many(ann, 60)
+    store.add_questions([question(f"q{i}", "ranking") for i in range(120)])
+    held = store.lease_many(ann, 120)
     assert len({lease.shown for lease in held}) == 6
-    assert [lease.question.query_id for lease in held] == [f"q{i}" for i in range(60)]
-    assert store.lease_many(ann, 60) == held
+    assert [lease.question.query_id for lease in held] == [f"q{i}" for i in range(120)]
+    assert store.lease_many(ann, 120) == held
 
 
 def test_two_people_are_not_asked_the_same_unless_both_are_wanted(store, ann, bob):
@@ -1094,7 +1094,7 @@ class Asking(RuleBasedStateMachine):
         assert self.store.progress() == Progress(self.QUERIES, sum(closed), wanted, sum(had))
 
 
-RULES = {"stateful_step_count": 25, "deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+RULES = {"stateful_step_count": 25, "suppress_health_check": list(HealthCheck)}
 
 
 def test_sqlite_does_as_the_model_says(tmp_path):

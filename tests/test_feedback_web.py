@@ -714,16 +714,16 @@ def test_a_real_server_says_where_it_is_and_ends_when_told(tmp_path: Path, signa
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        with urllib.request.urlopen(f"{url}/question?token=s3cret", timeout=10) as reply:  # noqa: S310
+        with urllib.request.urlopen(f"{url}/question?token=s3cret", timeout=60) as reply:  # noqa: S310
             assert reply.headers["Server"] is None
             assert set(fields(reply.read().decode())) == {"csrf", "key", "question"}
-        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as raw:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as raw:
             raw.sendall(b"POST /answers HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
             for _ in range(5):
                 raw.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
             assert b" 413 " in raw.recv(65536).partition(b"\r\n")[0]
         process.send_signal(getattr(signal, signal_name))
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out.strip()) == (0, "ended")
     assert "s3cret" not in err
     assert "Traceback" not in err

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -128,6 +129,9 @@ def test_a_judge_killed_in_the_middle_goes_on_and_asks_nothing_twice(served, tmp
         assert set(settled.values()) == {1}  # whoever had a valid reply was not asked again
         lost = [c for c in before if c.received_at is None]
         assert summary.lost == len(lost) <= 4
+        until = time.monotonic() + 20  # its log is read by a thread
+        while len(after) - (served.requests - asked_before) > len(lost) and time.monotonic() < until:
+            time.sleep(0.05)
         assert 0 <= len(after) - (served.requests - asked_before) <= len(lost)
 
         odd = {q.query_id for q in questions if "odd" in q.completions[0] + q.completions[1]}
@@ -411,13 +415,13 @@ def test_one_invalid_reply_takes_the_name(store, server):
 def test_lost_replies_count_with_their_worst_case_and_are_asked_again(store, server):
     def hang(_body, n):
         async def later():
-            await asyncio.sleep(1)
+            await asyncio.sleep(4)
             return verdict("A")
 
         return later() if n == 0 else prefers_good(_body, n)
 
     server.behave = hang
-    with judging(store, server, [pair(0)], {"timeout": 0.3, "retries": 3}) as judge:
+    with judging(store, server, [pair(0)], {"timeout": 2, "retries": 3}) as judge:
         assert annotate(store, judge).answered == 1
         summary = judge.summary()
     first, *others = calls(store)
@@ -622,7 +626,7 @@ def jobs(draw):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     work=st.lists(jobs(), min_size=1, max_size=40),
     limit=st.integers(1, 600),
@@ -647,7 +651,7 @@ def test_a_purse_is_never_overdrawn_and_never_stuck(work, limit, cost, before, t
         assert (total + worst).total > limit or budget.cost(total + worst) > cost - 1e-12
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(limit=st.integers(2000, 20_000), concurrency=st.integers(1, 6), data=st.data())
 def test_a_run_never_exceeds_its_budget_and_a_larger_one_goes_on(
     shared_server, tmp_path_factory, limit, concurrency, data

@@ -564,7 +564,7 @@ def test_label_serves_until_it_is_stopped(server: tuple[subprocess.Popen[str], s
     with urllib.request.urlopen(url) as page:  # noqa: S310 - our own server
         assert b"Question" in page.read()
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "0 of 10 answers are in" in out
 

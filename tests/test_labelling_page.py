@@ -294,12 +294,17 @@ def test_ranking_by_touch(browser: Browser, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("press", ["keys", "clicks"])
 def test_a_double_press_answers_once(press: str, three: Visit) -> None:
-    page = three.page
+    page, held = three.page, list[Route]()
+    page.route("**/answers", held.append)  # the second press comes while the first is under way, however slow it is
     if press == "keys":
         page.keyboard.press("1")
         page.keyboard.press("1")
     else:
         page.locator(".choice.left").dblclick()
+    while not held:
+        page.wait_for_timeout(20)
+    page.unroute("**/answers")
+    held[0].continue_()
     three.question("pairwise/1")
     assert only(three.site.store).query_id == "pairwise/0"
 
@@ -326,6 +331,8 @@ def test_presses_while_an_answer_is_under_way_are_not_for_the_next_question(thre
     for key in "1234us":
         three.page.keyboard.press(key)
     expect(three.page.locator("#question")).to_have_attribute("data-state", "sending")
+    while not held:
+        three.page.wait_for_timeout(20)
     held[0].continue_()
     three.question("pairwise/1")
     assert len(held) == 1
@@ -409,7 +416,8 @@ def test_a_busy_store_is_asked_again_when_it_said(three: Visit) -> None:
             route.continue_()
         else:
             refused.append(monotonic())
-            route.fulfill(status=503, headers={"Retry-After": "2"}, body="the store is locked")
+            later = "2" if len(refused) == 1 else "60"
+            route.fulfill(status=503, headers={"Retry-After": later}, body="the store is locked")
 
     three.page.route("**/answers", refuse)
     three.page.keyboard.press("1")
@@ -497,11 +505,10 @@ def test_a_kept_answer_waits_for_the_one_who_gave_it(browser: Browser, tmp_path:
         page = signed_in(visit, ada)
         visit.question("pairwise/0")
         page.route("**/answers", lambda route: route.abort("connectionreset"))
+        visit.context.clear_cookies()
         page.keyboard.press("3")
         expect(page.locator("#notice")).to_contain_text("kept in this browser")
-        page.unroute("**/answers")
-        visit.context.clear_cookies()
-        page.get_by_role("button", name="Send now").click()
+        page.unroute("**/answers")  # it is sent again by itself
         expect(page.locator("#notice")).to_contain_text("You are signed out")
         signed_in(visit, bob)
         visit.question("pairwise/0")
@@ -849,6 +856,7 @@ def test_a_phone_leaves_its_room_to_the_answers(kind: QueryKind, browser: Browse
         expect(prompt.locator(".fold")).to_have_css("overflow", "hidden")
         assert prompt.locator(".fold").evaluate("f => f.clientHeight / parseFloat(getComputedStyle(f).lineHeight)") <= 4
         prompt.get_by_role("button", name="Show all").tap()
+        expect(prompt.locator(".more")).to_have_attribute("aria-expanded", "true")
         assert prompt.locator(".fold").evaluate("f => f.scrollHeight <= f.clientHeight")
         expect(page.locator(".choices").first).to_be_in_viewport(ratio=1)
 

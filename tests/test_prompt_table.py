@@ -3,7 +3,7 @@
 import pickle
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dissonance.prompt_table import PromptTable
@@ -20,7 +20,6 @@ prompts = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(prompts, max_size=12), st.slices(12), st.data())
 def test_it_is_the_sequence_it_was_made_from(of: list[Prompt], part: slice, data: st.DataObject) -> None:
     table = PromptTable.of(iter(of))

@@ -9,7 +9,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dissonance.errors import DataError, SettingsError
@@ -330,7 +330,6 @@ def test_the_fingerprint_tells_ids_texts_roles_and_order_apart():
     assert prompts_fingerprint([prompt(category="c")]) != prompts_fingerprint([prompt()])  # the report groups by it
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1))
 def test_any_text_survives_json_lines(tmp_path_factory, contents):
     source = write(tmp_path_factory.mktemp("any") / "p.jsonl", [{"prompt": text} for text in contents])

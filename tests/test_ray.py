@@ -51,13 +51,18 @@ pytestmark = pytest.mark.timeout(1500)  # its processes are many, and each loads
 def cluster() -> Iterator[Cluster]:
     """A head and two nodes, of a core each."""
     cluster = Cluster()
+    for _ in range(3):
+        add_node(cluster, include_dashboard=False)
+    yield cluster
+    cluster.shutdown()
+
+
+def add_node(cluster: Cluster, **options: Any) -> Any:
+    """One core more."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("COVERAGE_")]:
             patch.delenv(name)  # Ray kills its workers as they write what they covered
-        for _ in range(3):
-            cluster.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
-    yield cluster
-    cluster.shutdown()
+        return cluster.add_node(num_cpus=1, object_store_memory=STORE, **options)
 
 
 @pytest.fixture
@@ -175,7 +180,7 @@ def test_what_is_killed_in_the_middle_costs_its_batches_only(
     victim: str, cluster: Cluster, policy_folder: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, expected = undisturbed
-    doomed = cluster.add_node(num_cpus=1, object_store_memory=STORE)
+    doomed = add_node(cluster)
     raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
     out = tmp_path / "run"
     running = command(*audit(policy_folder, "rewards:gated", folder / "prompts.jsonl", out, **on(cluster)), cwd=folder)

@@ -410,11 +410,14 @@ def test_same_dials_build_the_same_files_whatever_the_callers_state(tmp_path):
     world = tiny_world("safety")
     first = build_sandbox(world, tmp_path / "a")
     torch.manual_seed(99)
-    torch.set_num_threads(2)
     state = torch.get_rng_state()
-    second = build_sandbox(world, tmp_path / "b")
+    torch.set_num_threads(2)
+    try:
+        second = build_sandbox(world, tmp_path / "b")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == 2
     files = sorted(path.relative_to(first.folder) for path in first.folder.rglob("*") if path.is_file())
     assert sum(path.suffix == ".safetensors" for path in files) == 2
     assert {path.suffix for path in files} <= {".json", ".jsonl", ".jinja", ".safetensors"}, "no pickle"

@@ -137,7 +137,7 @@ def askable(pool, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pool=pools(), budget=st.integers(1, 60), seed=st.integers(0, 3))
 def test_the_budget_is_spent_exactly_and_nothing_is_asked_twice(strategy, pool, budget, seed):
     selection = choose(pool, strategy, budget, seed)
@@ -159,7 +159,7 @@ def test_the_budget_is_spent_exactly_and_nothing_is_asked_twice(strategy, pool, 
         assert len(set(texts)) == len(texts), "a text is rated once"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pool=pools())
 def test_answers_are_the_first_of_each_text(pool):
     expected = [representatives(pool, p) for p in range(len(pool.prompt_ids))]
@@ -188,7 +188,7 @@ def test_ratings_are_the_largest_pacs_above_the_thresholds(pool, budget, tau, de
     assert [q.priority for q in choose(pool, "pacs", budget, delta=thresholds["delta"]).queries] == oracle(None)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pool=pools(), budget=st.integers(1, 12))
 def test_margin_takes_the_closest_rewards(pool, budget):
     def gap(i, j):
@@ -200,7 +200,7 @@ def test_margin_takes_the_closest_rewards(pool, budget):
     assert [-q.priority for q in queries] == [gap(*pair) for pair in chosen]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pool=pools(), budget=st.integers(1, 12), shift=st.floats(-5, 5))
 def test_the_ensemble_takes_the_pairs_on_which_its_members_differ_most(pool, budget, shift):
     def spread(i, j):
@@ -237,7 +237,7 @@ def test_an_ensemble_that_does_not_fit_is_refused(members, message):
         dataclasses.replace(random_pool(3, 3), member_rewards=members)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pool=pools(), budget=st.integers(1, 40))
 def test_apl_goes_round_by_falling_gap_in_the_implicit_reward(pool, budget):
     by_prompt = {}
@@ -277,7 +277,7 @@ def test_margin_does_not_hang_on_blocks(monkeypatch):
     assert [q.priority for q in choose(pool, "margin", 30).queries] == whole
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pool=pools(), budget=st.integers(1, 40), seed=st.integers(0, 5))
 def test_discordant_goes_round_by_falling_gap(pool, budget, seed):
     by_prompt = {}
@@ -300,7 +300,7 @@ def test_discordant_goes_round_by_falling_gap(pool, budget, seed):
     assert second_round == [p for p in first_round if p in second_round], "each round in the same order"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pool=pools(), budget=st.integers(1, 40), seed=st.integers(0, 5))
 def test_spread_goes_round_by_falling_width(pool, budget, seed):
     by_prompt = {}
@@ -321,7 +321,7 @@ def test_spread_goes_round_by_falling_width(pool, budget, seed):
     assert turns == sorted(turns), "no prompt again before every prompt was asked about"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pool=pools(), budget=st.integers(1, 40), seed=st.integers(0, 5), known=st.booleans())
 def test_likelihood_gap_goes_round_by_falling_gap(pool, budget, seed, known):
     if not known:

@@ -68,7 +68,7 @@ def server(models: dict[str, Path]) -> Iterator[str]:
             try:
                 requests.get(f"{url}/health?token=open-sesame", timeout=5).raise_for_status()
                 break
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 assert process.poll() is None, "the server has stopped"
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
