@@ -1,7 +1,6 @@
 """Agreement, reliability, bias and contradictions against oracles; preference graphs against brute force."""
 
 import itertools
-import time
 from dataclasses import replace
 
 import krippendorff
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 
+from counting import calls_of
 from dissonance.feedback import quality
 from dissonance.feedback.preference_graph import (
     EXACT_UP_TO,
@@ -183,14 +183,12 @@ def test_skips_corrections_adjudications_gold_and_unknown_queries_do_not_count_f
     assert coded(kept, {}, "pairwise").units == ()
 
 
-def test_alpha_of_2000_labels_is_quick():
-    labels, asked, _ = crowd(1000, (0.8,) * 8, per_query=2)
-    times = []
-    for _ in range(5):
-        start = time.thread_time()
-        agreements(labels, asked, {})
-        times.append(time.thread_time() - start)
-    assert min(times) < 0.3
+def test_the_work_for_alpha_grows_no_faster_than_the_labels():
+    def work(n_queries):
+        labels, asked, _ = crowd(n_queries, (0.8,) * 8, per_query=2)
+        return calls_of(lambda: agreements(labels, asked, {}))
+
+    assert work(1000) < 5 * work(250)
 
 
 # -- Dawid-Skene -------------------------------------------------------------------------------------------------------
@@ -517,16 +515,12 @@ def test_votes_on_a_pair_add_up_whichever_way_round_and_a_tie_is_no_arc():
     assert not preference_graph([Comparison(0, 1, (0.1 + 0.2, 0.3, 0, 0))]).net.any()
 
 
-def test_twelve_completions_take_under_50_ms():
+def test_twelve_completions_are_not_taken_order_by_order():
     rng = np.random.default_rng(0)
     votes = [Comparison(i, j, (*rng.random(2), 0, 0)) for i, j in itertools.combinations(range(EXACT_UP_TO), 2)]
     graph = preference_graph(votes)
-    times = []
-    for _ in range(5):
-        start = time.thread_time()
-        assert deconflict(graph).exact
-        times.append(time.thread_time() - start)
-    assert min(times) < 0.05
+    assert deconflict(graph).exact
+    assert calls_of(lambda: deconflict(graph)) < 2**EXACT_UP_TO  # of 479,001,600 orders
 
 
 def test_more_than_twelve_in_one_tangle_are_ordered_by_a_heuristic_that_says_so():
