@@ -442,7 +442,12 @@ def test_a_parquet_file_that_breaks_off_inside_its_data(tmp_path, out):
     data = bytearray(source.read_bytes())
     data[40:400] = bytes(360)
     source.write_bytes(bytes(data))
-    refuse(source, out, "not readable as Parquet", batch_rows=4)
+    refuse(source, out, "a.parquet: not readable as Parquet", batch_rows=4)
+    folder = tmp_path / "folder" / "day=2"
+    folder.mkdir(parents=True)
+    write(folder.parent / "a.parquet", scored_rows())
+    source.rename(folder / "b.parquet")
+    refuse(folder.parent, out, "folder: day=2/b.parquet: not readable as Parquet", batch_rows=4)
 
 
 def test_paths_that_hold_nothing(tmp_path, out):

@@ -15,6 +15,7 @@ of its completions. CSV knows no types: there, columns that the schema does not 
 import csv
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -96,11 +97,12 @@ def _parquet(source: Path, batch_rows: int) -> ScoredRows:
     batch_rows = max(1, min(batch_rows, _BATCH_BYTES * rows // max(1, nbytes)))
 
     def read() -> Batches:
-        try:
-            for fragment in fragments:
+        for fragment in fragments:
+            try:
                 yield from _fragment(fragment, batch_rows)
-        except _UNREADABLE as error:
-            raise DataError(f"not readable as Parquet: {_first_line(error)}") from error
+            except _UNREADABLE as error:
+                shard = "" if source.is_file() else f"{os.path.relpath(fragment.path, source)}: "
+                raise DataError(f"{shard}not readable as Parquet: {_first_line(error)}") from error
 
     return ScoredRows(schema, nbytes, read)
 
