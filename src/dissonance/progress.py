@@ -56,23 +56,26 @@ def _bar(label: str, total: int | None, unit: str) -> Iterator[Advance]:
 @contextmanager
 def _lines(label: str, total: int | None, unit: str) -> Iterator[Advance]:
     start = said = time.monotonic()
-    done = 0
+    done = at_first = 0
+    since = None
+    """When the first were done: what comes before, such as the start of actors, does not come again."""
 
     def advance(more: int) -> None:
-        nonlocal done, said
+        nonlocal done, said, at_first, since
         done += more
         now = time.monotonic()
+        if since is None:
+            since, at_first = now, done
         if now - said >= _PLAIN_EVERY_SECONDS and done != total:
-            said = now
-            print(_line(label, done, total, unit, now - start), file=sys.stderr, flush=True)
+            said, line = now, _line(label, done, total, unit, now - start)
+            if total is not None and done > at_first:
+                line += f", {(total - done) * (now - since) / (done - at_first):,.0f} s left"
+            print(line, file=sys.stderr, flush=True)
 
     yield advance
     print(_line(label, done, total, unit, time.monotonic() - start), file=sys.stderr, flush=True)
 
 
 def _line(label: str, done: int, total: int | None, unit: str, seconds: float) -> str:
-    rate = done / max(seconds, 1e-9)
-    left = f", {(total - done) / rate:,.0f} s left" if total is not None and 0 < done < total else ""
-    return (
-        f"{label}: {done:,}{f'/{total:,}' if total is not None else ''} {unit}, {rate:,.1f}/s, {seconds:,.0f} s{left}"
-    )
+    of = "" if total is None else f"/{total:,}"
+    return f"{label}: {done:,}{of} {unit}, {done / max(seconds, 1e-9):,.1f}/s, {seconds:,.0f} s"
