@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Event
 from time import monotonic
@@ -292,20 +292,35 @@ def test_ranking_by_touch(browser: Browser, tmp_path: Path) -> None:
         assert only(site.store).answer.ranks == tuple(ranks[i] for i in question.completion_ids)
 
 
+def held_back(page: Page) -> list[Route]:
+    """The requests with answers, from now on: none gets through."""
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/answers", hold)
+    return held
+
+
+def let_go(page: Page, held: Sequence[Route]) -> None:
+    """The first of them, once it has come."""
+    while not held:
+        page.wait_for_timeout(20)
+    held[0].continue_()
+
+
 @pytest.mark.parametrize("press", ["keys", "clicks"])
 def test_a_double_press_answers_once(press: str, three: Visit) -> None:
-    page, held = three.page, list[Route]()
-    page.route("**/answers", held.append)  # the second press comes while the first is under way, however slow it is
+    page, held = three.page, held_back(three.page)  # until the second press, however slow it is
     if press == "keys":
         page.keyboard.press("1")
         page.keyboard.press("1")
     else:
         page.locator(".choice.left").dblclick()
-    while not held:
-        page.wait_for_timeout(20)
-    page.unroute("**/answers")
-    held[0].continue_()
+    let_go(page, held)
     three.question("pairwise/1")
+    assert len(held) == 1
     assert only(three.site.store).query_id == "pairwise/0"
 
 
@@ -322,18 +337,11 @@ def test_a_press_right_after_the_question_came_was_meant_for_the_one_before(thre
 
 
 def test_presses_while_an_answer_is_under_way_are_not_for_the_next_question(three: Visit) -> None:
-    held: list[Route] = []
-
-    def hold(route: Route) -> None:
-        held.append(route)
-
-    three.page.route("**/answers", hold)
+    held = held_back(three.page)
     for key in "1234us":
         three.page.keyboard.press(key)
     expect(three.page.locator("#question")).to_have_attribute("data-state", "sending")
-    while not held:
-        three.page.wait_for_timeout(20)
-    held[0].continue_()
+    let_go(three.page, held)
     three.question("pairwise/1")
     assert len(held) == 1
     assert len(three.site.store.labels(current=False)) == 1
