@@ -97,7 +97,9 @@ def audit(policy: Path, reward: object, prompts: Path, out: Path, **options: Any
 
 
 def on(cluster: Cluster, **options: Any) -> dict[str, Any]:
-    return {"engine": "ray", "ray-address": cluster.address, **options}
+    """Where to run; by two actors a pool where a test does not want more, since each loads PyTorch for seconds."""
+    chosen = {"engine": "ray", "ray-address": cluster.address, "workers": 2, **options}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def tables(run: Path, number: int = 0) -> dict[str, Any]:
@@ -129,7 +131,8 @@ def test_a_cluster_measures_what_one_process_measures(
     here = command(*audit(policy, reward_folder, many_prompts, tmp_path / "here", **options), cwd=tmp_path)
     assert ended(here)[0] == 0
     there = command(
-        *audit(policy, reward_folder, many_prompts, tmp_path / "there", **options, **on(cluster)), cwd=tmp_path
+        *audit(policy, reward_folder, many_prompts, tmp_path / "there", **options, **on(cluster, workers=None)),
+        cwd=tmp_path,
     )
     code, out, err = ended(there)
     assert code == 0, err
@@ -183,7 +186,9 @@ def test_what_is_killed_in_the_middle_costs_its_batches_only(
     doomed = add_node(cluster)
     raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
     out = tmp_path / "run"
-    running = command(*audit(policy_folder, "rewards:gated", folder / "prompts.jsonl", out, **on(cluster)), cwd=folder)
+    running = command(
+        *audit(policy_folder, "rewards:gated", folder / "prompts.jsonl", out, **on(cluster, workers=None)), cwd=folder
+    )
     # The pool grows until every node has an actor, and each is at a batch.
     busy = until(lambda: [one for one in raylet.children(recursive=True) if (folder / f"busy-{one.pid}").exists()])
     assert not parts(out, "rewards")
@@ -259,7 +264,9 @@ def test_what_a_worker_finds_wrong_is_said_as_here(
     assert "bad:reward returned nan" in err
     code, _, err = ended(
         command(
-            *audit(policy_folder, reward_folder, many_prompts, tmp_path / "run", **on(cluster, worker_gpus=1)),
+            *audit(
+                policy_folder, reward_folder, many_prompts, tmp_path / "run", **on(cluster, worker_gpus=1, workers=None)
+            ),
             cwd=tmp_path,
         )
     )
