@@ -213,11 +213,18 @@ class Visit:
         self.page.goto(self.site.url + path)
         return self.page
 
-    def question(self, query_id: str | None = None, *, seconds: float = _PATIENCE / 1000) -> None:
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that the page's requests bring about here."""
+        end = time.monotonic() + _PATIENCE / 1000
+        while not condition():
+            assert time.monotonic() < end, "it did not happen"
+            self.page.wait_for_timeout(20)
+
+    def question(self, query_id: str | None = None) -> None:
         """Wait until a question takes answers; that of `query_id`, where it is given."""
         seen: list[str] = []
         while True:
-            seen.append(self._handle(seen, "null", seconds))
+            seen.append(self._handle(seen, "null"))
             if query_id in {None, self._given(seen[-1])[0]}:
                 return
 
@@ -230,13 +237,13 @@ class Visit:
             if query_id != before:
                 return query_id
 
-    def _handle(self, seen: list[str], otherwise: str, seconds: float = _PATIENCE / 1000) -> str:
+    def _handle(self, seen: list[str], otherwise: str) -> str:
         """What the page calls the question that takes answers, once it is one that was not seen."""
         look = f"""(seen) => {{
           const handle = document.querySelector("#question[data-state=ready] [name=question]")?.value ?? ({otherwise});
           return seen.includes(handle) ? null : handle;
         }}"""
-        found: str = self.page.wait_for_function(look, arg=seen, timeout=1000 * seconds).json_value()
+        found: str = self.page.wait_for_function(look, arg=seen).json_value()
         return found
 
     def _given(self, handle: str) -> tuple[str, tuple[int, ...]]:

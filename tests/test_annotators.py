@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -385,18 +386,22 @@ def test_no_two_of_many_are_the_same_annotator_at_once(tmp_path):
         stores = [stack.enter_context(Store.open(path, "run")) for _ in range(4)]
         person = stores[0].annotator("scripted", "simulated")
 
+        start, end = threading.Barrier(len(stores)), time.monotonic() + 300
+
         def come_and_go(store):
-            while len(together) < 40:  # most attempts find it taken, and how many is the machine's affair
+            start.wait(20)
+            while len(together) < 40 and time.monotonic() < end:  # most attempts find it taken
                 with suppress(SettingsError), run._alone(store, person):
                     inside.append(1)
                     together.append(len(inside))
                     inside.pop()
 
-        threads = [threading.Thread(target=come_and_go, args=(store,)) for store in stores]
+        threads = [threading.Thread(target=come_and_go, args=(store,), daemon=True) for store in stores]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+    assert len(together) >= 40
     assert set(together) == {1}
     assert list(tmp_path.glob("*.lock")) == []
 

@@ -1251,6 +1251,9 @@ def test_a_database_that_is_not_there(postgres_server):
 
 def test_another_process_holds_the_database_for_too_long(where):
     with Store.open(where, "run", busy_seconds=0.2) as store:
+        with store.engine.connect() as connection:
+            told = "PRAGMA busy_timeout" if isinstance(where, Path) else "SHOW lock_timeout"
+            assert connection.scalar(text(told)) in {200, "200ms"}
         ann = store.annotator("ann").annotator_id
         store.add_questions(numbered(2))
         say(store, ann, "q00")

@@ -14,13 +14,14 @@ def test_the_time_left_is_by_the_rate_since_the_first_were_done(
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
     with progress.console("sampling", 1000, "completions") as advance:
-        for seconds, done in ((40, 100), (5, 50), (10, 150), (35, 700)):
+        advance(0)
+        for seconds, done in ((40, 100), (5, 50), (10, 150), (35, 710)):
             clock.now += seconds
             advance(done)
     assert capsys.readouterr().err.splitlines() == [
         "sampling: 100/1,000 completions, 2.5/s, 40 s",
-        "sampling: 300/1,000 completions, 5.5/s, 55 s, 52 s left",
-        "sampling: 1,000/1,000 completions, 11.1/s, 90 s",
+        "sampling: 300/1,000 completions, 13.3/s, 55 s, 53 s left",
+        "sampling: 1,010/1,000 completions, 11.2/s, 90 s",
     ]
 
 

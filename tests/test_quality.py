@@ -183,7 +183,7 @@ def test_skips_corrections_adjudications_gold_and_unknown_queries_do_not_count_f
     assert coded(kept, {}, "pairwise").units == ()
 
 
-def test_the_work_for_alpha_grows_no_faster_than_the_labels():
+def test_the_calls_for_alpha_grow_no_faster_than_the_labels():
     def work(n_queries):
         labels, asked, _ = crowd(n_queries, (0.8,) * 8, per_query=2)
         return calls_of(lambda: agreements(labels, asked, {}))

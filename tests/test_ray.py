@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,8 +17,11 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from conftest import WORDS
-from dissonance.engine.pool import Shared, connect
+from dissonance.config import AuditConfig
+from dissonance.engine.pool import RayOptions, Shared, connect
+from dissonance.engine.ray import _check_devices
 from dissonance.errors import SettingsError
+from dissonance.sections import parse_section
 from loop_world import write_world
 from model_server import Models, ModelServer
 from storage import ftp
@@ -274,9 +278,24 @@ def test_what_a_worker_finds_wrong_is_said_as_here(
     assert "no node has room for a worker of 1 CPU, 1 GPU" in err
 
 
-def test_no_cluster_at_an_address_is_said_at_once() -> None:
-    with pytest.raises(SettingsError, match=r"there is no Ray cluster at 127\.0\.0\.1:1: .*refused"):
-        connect("127.0.0.1:1")
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1"])
+def test_no_cluster_at_an_address_is_said_at_once(address: str) -> None:
+    # Not below 0, as the errors of those who resolve names are: this is an address.
+    with pytest.raises(SettingsError, match=rf"there is no Ray cluster at {re.escape(address)}: \[Errno \d"):
+        connect(address)
+
+
+def test_gpus_are_neither_left_unused_nor_shared_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+
+    def check(device: str, **options: Any) -> None:
+        models = {"policy": {"model": "p", "device": device}, "reward_model": {"model": "r", "device": device}}
+        _check_devices(parse_section(AuditConfig, {**models, "prompts": {"source": "x"}}), RayOptions(**options))
+
+    with pytest.raises(SettingsError, match="the cluster has 2 GPUs: give --worker-gpus 1, or --device cpu"):
+        check("auto")
+    check("cpu")
+    check("auto", gpus=0.5)
 
 
 def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:

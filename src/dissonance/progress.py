@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -12,6 +12,7 @@ from rich.text import Text
 
 Advance = Callable[[int], None]
 _PLAIN_EVERY_SECONDS = 10.0
+_RATE_OVER_SECONDS = 600.0  # a batch of a large model takes longer than rich's 30
 
 
 class ProgressFactory(Protocol):
@@ -48,7 +49,7 @@ class _Rate(ProgressColumn):
 @contextmanager
 def _bar(label: str, total: int | None, unit: str) -> Iterator[Advance]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(unit), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with _progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
         yield lambda done: bar.update(task, advance=done)
 
@@ -56,26 +57,28 @@ def _bar(label: str, total: int | None, unit: str) -> Iterator[Advance]:
 @contextmanager
 def _lines(label: str, total: int | None, unit: str) -> Iterator[Advance]:
     start = said = time.monotonic()
-    done = at_first = 0
-    since = None
-    """When the first were done: what comes before, such as the start of actors, does not come again."""
+    bar = _progress(disable=True)
+    bar.add_task(label, total=total)
+    [task] = bar.tasks
+
+    def line(now: float, speed: float | None) -> str:
+        of = "" if total is None else f"/{total:,}"
+        rate = task.completed / max(now - start, 1e-9) if speed is None else speed
+        return f"{label}: {task.completed:,.0f}{of} {unit}, {rate:,.1f}/s, {now - start:,.0f} s"
 
     def advance(more: int) -> None:
-        nonlocal done, said, at_first, since
-        done += more
+        nonlocal said
+        bar.update(task.id, advance=more)
         now = time.monotonic()
-        if since is None:
-            since, at_first = now, done
-        if now - said >= _PLAIN_EVERY_SECONDS and done != total:
-            said, line = now, _line(label, done, total, unit, now - start)
-            if total is not None and done > at_first:
-                line += f", {(total - done) * (now - since) / (done - at_first):,.0f} s left"
-            print(line, file=sys.stderr, flush=True)
+        if now - said >= _PLAIN_EVERY_SECONDS and not task.finished:
+            said = now
+            left = "" if task.time_remaining is None else f", {task.time_remaining:,.0f} s left"
+            print(line(now, task.speed) + left, file=sys.stderr, flush=True)
 
     yield advance
-    print(_line(label, done, total, unit, time.monotonic() - start), file=sys.stderr, flush=True)
+    print(line(time.monotonic(), None), file=sys.stderr, flush=True)
 
 
-def _line(label: str, done: int, total: int | None, unit: str, seconds: float) -> str:
-    of = "" if total is None else f"/{total:,}"
-    return f"{label}: {done:,}{of} {unit}, {done / max(seconds, 1e-9):,.1f}/s, {seconds:,.0f} s"
+def _progress(*columns: ProgressColumn, **options: Any) -> Progress:
+    """With the rate since the first items were done: what comes before, such as the start of actors, comes once."""
+    return Progress(*columns, speed_estimate_period=_RATE_OVER_SECONDS, get_time=time.monotonic, **options)

@@ -65,6 +65,7 @@ class RayEngine:
         """Try the models on a worker, and plan every batch, before anything is written.
 
         Raises:
+            SettingsError: the cluster has GPUs of which the settings say nothing, or a storage cannot be used.
             InputError: a model or a prompt cannot be used.
         """
         _check_devices(config, self._options)
