@@ -3,10 +3,11 @@
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from waiting import until
 
 SERVER = """
 import sys
@@ -31,11 +32,8 @@ def ftp(folder: Path) -> Iterator[str]:
         [sys.executable, "-W", "ignore", "-c", SERVER, str(port), str(folder)], stderr=subprocess.DEVNULL
     )
     try:
-        until = time.monotonic() + 120
-        while not _answers(port):
-            assert server.poll() is None, "the server has ended"
-            assert time.monotonic() < until, "the server does not answer"
-            time.sleep(0.05)
+        until(lambda: _answers(port) or server.poll() is not None, 120)
+        assert server.poll() is None, "the server has ended"
         yield f"ftp://127.0.0.1:{port}"
     finally:
         server.kill()

@@ -33,6 +33,7 @@ from dissonance.sections import parse_section
 from dissonance.selection import select
 from test_report import browser, opened  # noqa: F401
 from test_selection import flat, opposed, random_pool
+from waiting import until
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = yaml.safe_load((BENCHMARKS / "label_efficiency_tiny.yaml").read_text())
@@ -305,14 +306,6 @@ def in_group(group: int) -> list[str]:
     return [pid for pgid, state, pid in rows if int(pgid) == group and not state.startswith("Z")]
 
 
-def emptied(group: int, seconds: float = 60) -> bool:
-    """Whether a process group comes to its end in that time."""
-    until = time.monotonic() + seconds
-    while in_group(group) and time.monotonic() < until:
-        time.sleep(0.1)
-    return not in_group(group)
-
-
 def test_killed_and_run_again_it_finds_the_same(played: tuple[Path, dict], tmp_path: Path, cache: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(TINY, sort_keys=False))
@@ -325,7 +318,7 @@ def test_killed_and_run_again_it_finds_the_same(played: tuple[Path, dict], tmp_p
         time.sleep(0.05)
     running.kill()  # and not its processes: they end by themselves
     running.wait()
-    assert emptied(running.pid)  # after a second, by themselves
+    until(lambda: not in_group(running.pid))  # after a second, by themselves
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny" / "cells").glob("*.json")}
     assert 5 <= len(kept) < len(played[1]["cells"])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -353,7 +346,7 @@ def test_interrupted_it_says_so_and_leaves_no_process(tmp_path: Path, cache: Pat
     assert running.returncode == 130
     assert "interrupted; the same command goes on where it was" in said
     assert "Traceback" not in said
-    assert emptied(running.pid, 0.5)  # what is left behind ends by itself after a second
+    until(lambda: not in_group(running.pid), 0.5)  # what is left behind ends by itself after a second
 
 
 def test_the_page_shows_curves_worths_and_errors(played: tuple[Path, dict], browser: Browser) -> None:  # noqa: F811

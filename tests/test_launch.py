@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from dissonance.errors import DissonanceError, ModelError, SettingsError
 from dissonance.launch import Request, launch, train
 from dissonance.records import Message, Preference, Prompt
 from dissonance.sampling import HFPolicy
+from waiting import until
 
 TWO = "torchrun --nproc-per-node 2"
 RAY = "python -m dissonance.engine.train --workers 2"
@@ -189,23 +189,14 @@ def test_no_process_outlives_its_run(request_of: Callable[..., Request], tmp_pat
         return any(path.stat().st_size > 0 for path in tmp_path.glob(".policy-*.tmp/steps"))
 
     try:
-        assert _soon(trained, 300)
+        until(trained, 300)
         assert len(trainings(tmp_path)) == 3
         parent.send_signal(how)
         parent.wait(120)
-        assert _soon(lambda: not trainings(tmp_path), 60)
+        until(lambda: not trainings(tmp_path))
     finally:
         for left in [parent.pid, *trainings(tmp_path)]:
             with suppress(ProcessLookupError):
                 os.kill(left, signal.SIGKILL)
     assert not (tmp_path / "policy").exists()
     assert how == signal.SIGKILL or not list(tmp_path.glob(".policy*"))
-
-
-def _soon(happens: Callable[[], bool], seconds: float) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if happens():
-            return True
-        time.sleep(0.1)
-    return False

@@ -5,9 +5,8 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from dissonance.sections import parse_section
 from loop_world import write_world
 from model_server import Models, ModelServer
 from storage import ftp
+from waiting import until
 
 STORE = 80 << 20
 REWARDS = """
@@ -114,15 +114,6 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one[name].equals(other[name]) for name in one)
 
 
-def until(condition: Callable[[], Any], seconds: float = 400) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    pytest.fail("it did not happen")
-
-
 def parts(out: Path, stage: str) -> int:
     return len(list(out.glob(f"round-000/parts/{stage}-*.parquet")))
 
@@ -194,7 +185,7 @@ def test_what_is_killed_in_the_middle_costs_its_batches_only(
         *audit(policy_folder, "rewards:gated", folder / "prompts.jsonl", out, **on(cluster, workers=None)), cwd=folder
     )
     # The pool grows until every node has an actor, and each is at a batch.
-    busy = until(lambda: [one for one in raylet.children(recursive=True) if (folder / f"busy-{one.pid}").exists()])
+    busy = until(lambda: [one for one in raylet.children(recursive=True) if (folder / f"busy-{one.pid}").exists()], 400)
     assert not parts(out, "rewards")
     if victim == "node":
         cluster.remove_node(doomed, allow_graceful=False)
@@ -234,7 +225,7 @@ def test_a_killed_run_goes_on_and_names_a_part_that_cannot_be_read(
     out = tmp_path / "run"
     settings = audit(policy_folder, "rewards:slow", folder / "prompts.jsonl", out, **on(cluster))
     running = command(*settings, cwd=folder)
-    until(lambda: parts(out, "rewards") >= 2)
+    until(lambda: parts(out, "rewards") >= 2, 400)
     running.kill()
     running.communicate()
     sampled = {path: path.stat().st_mtime_ns for path in out.glob("round-000/parts/completions-*")}
@@ -315,7 +306,7 @@ def test_nodes_that_share_no_disk_leave_their_parts_in_a_storage(
         options = on(cluster, storage=f"{address}/audits")
         settings = audit(policy_folder, "rewards:slow", folder / "prompts.jsonl", tmp_path / "run", **options)
         running = command(*settings, cwd=folder)
-        stored = until(lambda: list((tmp_path / "served" / "audits").glob("*/round-000/rewards-*")))
+        stored = until(lambda: list((tmp_path / "served" / "audits").glob("*/round-000/rewards-*")), 400)
         code, _, err = ended(running)
         assert code == 0, err
     assert stored
