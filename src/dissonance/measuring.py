@@ -70,10 +70,11 @@ def audit(
     if (done := _finished(out, "audit", settings, inputs)) is not None:
         engine.forget(out / "round-000")  # what a kill at the very end has left
         return done
-    prepared = engine.prepare(config, loaded.prompts)
+    prepared, duplicates = engine.prepare(config, loaded.prompts), loaded.n_duplicates
+    del loaded  # a million prompts, which rest with the engine now
     with create_run(out, "audit", settings, inputs) as run:
-        found = {**prepared.measure(run.round(), progress), "duplicates": loaded.n_duplicates}
-        del prepared, loaded  # a million prompts, which the report does without
+        found = {**prepared.measure(run.round(), progress), "duplicates": duplicates}
+        del prepared
         summary = conclude(run, "audit", found)
         engine.forget(run.round())
         return summary

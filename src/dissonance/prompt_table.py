@@ -65,6 +65,11 @@ class PromptTable(Sequence[Prompt]):
         # A slice would bring along what it was cut from.
         return PromptTable, (self.take(range(len(self)))._columns,)  # noqa: SLF001 - its own
 
+    @property
+    def ids(self) -> pa.ChunkedArray:
+        """Their prompt_ids."""
+        return self._columns["prompt_id"]
+
     def take(self, rows: Sequence[int]) -> "PromptTable":
         """The prompts in these places, in this order."""
         if self._columns.nbytes < _GATHERED:

@@ -6,6 +6,7 @@ or measures one window, does not know where it runs: `dissonance.engine` does.
 """
 
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -44,7 +45,8 @@ class Batch:
 
     window: int
     number: int
-    prompts: PromptTable
+    rows: "array[int]"
+    """The prompts that are in it, by their places in the window."""
 
 
 def windows_of(prompts: Sequence[Prompt]) -> list[PromptTable]:
@@ -64,7 +66,7 @@ def plan_window(planner: Planner, number: int, window: PromptTable) -> list[Batc
     if sorted(p.prompt_id for batch in planned for p in batch) != sorted(p.prompt_id for p in prompts):
         raise DissonanceError(f"the policy's plan does not hold each prompt of window {number} once")
     place = {prompt.prompt_id: row for row, prompt in enumerate(prompts)}
-    return [Batch(number, i, window.take([place[p.prompt_id] for p in batch])) for i, batch in enumerate(planned)]
+    return [Batch(number, i, array("i", (place[p.prompt_id] for p in batch))) for i, batch in enumerate(planned)]
 
 
 @dataclass(frozen=True)
@@ -77,48 +79,54 @@ class Stage:
     label: str
     """Of its progress."""
 
-    compute: Callable[[Any, Batch, int, Parts], pa.Table]
-    """(model, batch, n, parts before it) -> the batch's part."""
+    compute: Callable[[Any, Batch, PromptTable, int, Parts], pa.Table]
+    """(model, batch, its prompts, n, parts before it) -> the batch's part."""
 
 
-def compute(stage: Stage, model: Any, batches: Iterable[Batch], n: int, parts: Parts) -> Iterator[int]:
+def compute(
+    stage: Stage, model: Any, batches: Iterable[Batch], window: Callable[[int], PromptTable], n: int, parts: Parts
+) -> Iterator[int]:
     """Compute batches of a stage and store them; the completions of each as it is done.
 
     Of batches that are computed at once, each is said to have taken the seconds since the one before.
     """
+
+    def one(batch: Batch) -> pa.Table:
+        return stage.compute(model, batch, window(batch.window).take(batch.rows), n, parts)
+
     start = time.perf_counter()
-    with closing(overlapped(model, batches, lambda batch: stage.compute(model, batch, n, parts))) as computed:
+    with closing(overlapped(model, batches, one)) as computed:
         for batch, table in computed:
             now = time.perf_counter()
             parts.write(stage.name, batch.window, batch.number, table, now - start)
             start = now
-            yield n * len(batch.prompts)
+            yield n * len(batch.rows)
 
 
-def _sample(policy: Policy, batch: Batch, n: int, parts: Parts) -> pa.Table:
-    del parts
-    completions = policy.sample(list(batch.prompts))
-    if len(completions) != n * len(batch.prompts):
-        raise DissonanceError(f"the policy gave {len(completions)} completions for {len(batch.prompts)} prompts")
+def _sample(policy: Policy, batch: Batch, prompts: PromptTable, n: int, parts: Parts) -> pa.Table:
+    del batch, parts
+    completions = policy.sample(list(prompts))
+    if len(completions) != n * len(prompts):
+        raise DissonanceError(f"the policy gave {len(completions)} completions for {len(prompts)} prompts")
     return _completions_table(completions)
 
 
-def _score(reward_model: RewardModel, batch: Batch, n: int, parts: Parts) -> pa.Table:
-    texts = _read(parts, SAMPLING, batch, n)["text"].to_pylist()
-    conversations = [prompt.messages for prompt in batch.prompts for _ in range(n)]
+def _score(reward_model: RewardModel, batch: Batch, prompts: PromptTable, n: int, parts: Parts) -> pa.Table:
+    texts = _read(parts, SAMPLING, batch, prompts, n)["text"].to_pylist()
+    conversations = [prompt.messages for prompt in prompts for _ in range(n)]
     rewards = reward_model.score(conversations, texts)
     if len(rewards) != len(texts):
         raise DissonanceError(f"the reward model gave {len(rewards)} rewards for {len(texts)} completions")
     columns = {"reward": [r.value for r in rewards], "reward_truncated": [r.truncated for r in rewards]}
-    return pa.table(_keys(batch, n) | columns, schema=_REWARDS)
+    return pa.table(_keys(prompts, n) | columns, schema=_REWARDS)
 
 
-def _refer(reference: ReferenceModel, batch: Batch, n: int, parts: Parts) -> pa.Table:
-    ids = _read(parts, SAMPLING, batch, n)["token_ids"].to_pylist()
+def _refer(reference: ReferenceModel, batch: Batch, prompts: PromptTable, n: int, parts: Parts) -> pa.Table:
+    ids = _read(parts, SAMPLING, batch, prompts, n)["token_ids"].to_pylist()
     grouped = [ids[first : first + n] for first in range(0, len(ids), n)]
-    sums = reference.logprobs(list(batch.prompts), grouped)
+    sums = reference.logprobs(list(prompts), grouped)
     flat = [value for group in sums for value in group]
-    return pa.table(_keys(batch, n) | {"ref_logprob": flat}, schema=_REFERENCE)
+    return pa.table(_keys(prompts, n) | {"ref_logprob": flat}, schema=_REFERENCE)
 
 
 SAMPLING = Stage("completions", "sampling", _sample)
@@ -130,18 +138,18 @@ SCORING = Stage("rewards", "scoring", _score)
 STAGES = {stage.name: stage for stage in (SAMPLING, REFERENCE, SCORING)}
 
 
-def _keys(batch: Batch, n: int) -> dict[str, list[Any]]:
+def _keys(prompts: PromptTable, n: int) -> dict[str, list[Any]]:
     """What stands in the key columns of every part of a batch."""
     return {
-        "prompt_id": [prompt.prompt_id for prompt in batch.prompts for _ in range(n)],
-        "completion_id": [*range(n)] * len(batch.prompts),
+        "prompt_id": [name for name in prompts.ids.to_pylist() for _ in range(n)],
+        "completion_id": [*range(n)] * len(prompts),
     }
 
 
-def _read(parts: Parts, stage: Stage, batch: Batch, n: int) -> pa.Table:
+def _read(parts: Parts, stage: Stage, batch: Batch, prompts: PromptTable, n: int) -> pa.Table:
     """A stored batch, which must hold what the plan says: positions alone would give a prompt another's reward."""
     table = parts.read(stage.name, batch.window, batch.number)
-    if table.select(_KEYS).to_pydict() != _keys(batch, n):
+    if table.select(_KEYS).to_pydict() != _keys(prompts, n):
         name = parts.name(stage.name, batch.window, batch.number)
         raise RunError(f"{name} holds other completions than planned: delete it and run the same command again")
     return table
@@ -232,15 +240,16 @@ def _window_table(
     tables = []
     for batch in batches:
         columns: dict[str, pa.ChunkedArray] = {}
+        prompts = window.take(batch.rows)
         for stage in stages:
-            part = _read(parts, stage, batch, n)
+            part = _read(parts, stage, batch, prompts, n)
             seconds[stage.name] += float(part.schema.metadata[b"seconds"])
             columns |= dict(zip(part.column_names, part.columns, strict=True))
         tables.append(pa.table(columns))
     table = pa.concat_tables(tables)
     if "ref_logprob" not in table.column_names:
         table = table.append_column("ref_logprob", pa.nulls(len(table), pa.float64()))
-    position = pc.index_in(table["prompt_id"], pa.array([p.prompt_id for p in window]))
+    position = pc.index_in(table["prompt_id"], window.ids)
     keyed = table.append_column("position", position)
     ordered = keyed.sort_by([("position", "ascending"), ("completion_id", "ascending")]).drop_columns("position")
     return ordered, seconds
@@ -251,13 +260,13 @@ def _measure(table: pa.Table, window: PromptTable, likelihood: Likelihood) -> Co
         raise DissonanceError(f"{len(table)} completions for {len(window)} prompts: run the command again")
     offsets = np.arange(len(window) + 1) * (len(table) // len(window))
     rewards = table["reward"].to_numpy()
-    return conflicts(rewards, loglikelihood(table, likelihood), offsets, [p.prompt_id for p in window])
+    return conflicts(rewards, loglikelihood(table, likelihood), offsets, window.ids.to_pylist())
 
 
 def _prompts_table(window: PromptTable, found: Conflicts) -> pa.Table:
     return pa.table(
         {
-            "prompt_id": [p.prompt_id for p in window],
+            "prompt_id": window.ids,
             "messages": messages_column(window),
             "category": pa.array([p.category for p in window], pa.string()),
             "n_completions": found.n_completions.astype(np.int32),

@@ -67,8 +67,8 @@ class LocalRound:
         for stage in stages:
             model = self._models.pop(stage, None) or load_model(stage, self._config)
             left = waiting(parts, stage, self._batches)
-            with progress(stage.label, sum(len(batch.prompts) for batch in left) * n, "completions") as advance:
-                for done in compute(stage, model, left, n, parts):
+            with progress(stage.label, sum(len(batch.rows) for batch in left) * n, "completions") as advance:
+                for done in compute(stage, model, left, self._windows.__getitem__, n, parts):
                     advance(done)
             del model
             free_memory()

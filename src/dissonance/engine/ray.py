@@ -11,14 +11,14 @@ was at, and a run that was killed goes on where it was.
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dissonance.config import AuditConfig, ModelConfig
 from dissonance.engine.local import by_window_of, check_reward_model, load_model, stages_of
-from dissonance.engine.pool import Pool, RayOptions, Shared, connect, tokens
+from dissonance.engine.pool import Pool, RayOptions, Shared, connect, ray_errors, tokens
 from dissonance.errors import SettingsError
 from dissonance.parts import Parts, check_storage, parts_of
 from dissonance.progress import ProgressFactory
@@ -39,6 +39,9 @@ from dissonance.stages import (
     write_round,
 )
 from dissonance.summary import ConflictTally
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
 _TO_A_SERVER = 32
 """Batches that an actor is given at once, at most, whose model is a server's: it is to have many requests at once."""
@@ -86,10 +89,10 @@ class RayRound:
     def __init__(self, pool: Pool, config: AuditConfig, prompts: Sequence[Prompt], storage: str | None) -> None:
         pool.once(_try, config, prompts[0])
         self._pool, self._config, self._storage = pool, config, storage
-        self._windows = windows_of(prompts)
-        planned = pool.each(_Planner, (config,), list(enumerate(self._windows)), gpus=True)  # by whose device
+        self._windows = _Windows.of(windows_of(prompts))
+        planned = pool.each(_Planner, (config, self._windows), range(len(self._windows.refs)), gpus=True)
         by_window = dict(planned)
-        self._batches = [batch for w in range(len(self._windows)) for batch in by_window[w]]
+        self._batches = [batch for w in range(len(by_window)) for batch in by_window[w]]
 
     def measure(self, folder: Path, progress: ProgressFactory) -> dict[str, Any]:
         """Sample, score and measure: leaves `completions.parquet` and `prompts.parquet` in a round's folder."""
@@ -99,13 +102,13 @@ class RayRound:
             left = waiting(parts, stage, self._batches)
             together = self._together(stage, len(left))
             batches = [left[first : first + together] for first in range(0, len(left), together)]
-            with progress(stage.label, sum(len(batch.prompts) for batch in left) * n, "completions") as advance:
-                for done in self._pool.each(_Computer, (stage.name, self._config, parts, shared), batches, gpus=True):
+            needs = (stage.name, self._config, self._windows, parts, shared)
+            with progress(stage.label, sum(len(batch.rows) for batch in left) * n, "completions") as advance:
+                for done in self._pool.each(_Computer, needs, batches, gpus=True):
                     advance(done)
-        by_window = by_window_of(self._batches)
-        jobs = [(w, window, by_window[w]) for w, window in enumerate(self._windows)]
-        found = dict(self._pool.each(_Measurer, (self._config, parts, shared), jobs, gpus=False))
-        return write_round(folder, (_measured(parts, w, *found[w]) for w in range(len(self._windows))))
+        jobs = list(by_window_of(self._batches).items())
+        found = dict(self._pool.each(_Measurer, (self._config, self._windows, parts, shared), jobs, gpus=False))
+        return write_round(folder, (_measured(parts, w, *found[w]) for w in range(len(found))))
 
     def _together(self, stage: Stage, batches: int) -> int:
         """How many batches an actor is given at once."""
@@ -115,45 +118,66 @@ class RayRound:
         return min(_TO_A_SERVER, math.ceil(batches / self._pool.workers)) or 1
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """The prompts, which rest in the cluster's object store for as long as their driver holds them."""
+
+    refs: "Sequence[ObjectRef[PromptTable]]"
+
+    @classmethod
+    def of(cls, windows: Iterable[PromptTable]) -> "_Windows":
+        """Put them there."""
+        import ray
+
+        return cls([ray.put(window) for window in windows])
+
+    def __call__(self, number: int) -> PromptTable:
+        """One of them, on whatever node this is."""
+        import ray
+
+        with ray_errors():
+            return ray.get(self.refs[number])
+
+
 class _Planner:
-    def __init__(self, config: AuditConfig) -> None:
+    def __init__(self, config: AuditConfig, windows: _Windows) -> None:
         from dissonance.sampling import load_planner
 
-        self._planner = load_planner(config.policy)
+        self._planner, self._windows = load_planner(config.policy), windows
 
-    def __call__(self, item: tuple[int, PromptTable]) -> tuple[int, list[Batch]]:
-        return item[0], plan_window(self._planner, *item)
+    def __call__(self, w: int) -> tuple[int, list[Batch]]:
+        return w, plan_window(self._planner, w, self._windows(w))
 
 
 class _Computer:
     """A stage's model, and what it has to do."""
 
-    def __init__(self, stage: str, config: AuditConfig, parts: Parts, shared: Shared | None) -> None:
+    def __init__(self, stage: str, config: AuditConfig, windows: _Windows, parts: Parts, shared: Shared | None) -> None:
         if shared is not None:
             shared.check()
-        self._stage, self._parts, self._n = STAGES[stage], parts, config.policy.n
+        self._stage, self._windows, self._parts, self._n = STAGES[stage], windows, parts, config.policy.n
         self._model = load_model(self._stage, config)
 
     def __call__(self, batches: Sequence[Batch]) -> int:
         # Ray computes anew what a lost node had returned; what it has stored is there.
         left = [one for one in batches if not self._parts.has(self._stage.name, one.window, one.number)]
-        sum(compute(self._stage, self._model, left, self._n, self._parts))
-        return sum(len(batch.prompts) for batch in batches) * self._n
+        sum(compute(self._stage, self._model, left, self._windows, self._n, self._parts))
+        return sum(len(batch.rows) for batch in batches) * self._n
 
 
 _TABLES = ("measured-completions", "measured-prompts")
 
 
 class _Measurer:
-    def __init__(self, config: AuditConfig, parts: Parts, shared: Shared | None) -> None:
+    def __init__(self, config: AuditConfig, windows: _Windows, parts: Parts, shared: Shared | None) -> None:
         if shared is not None:
             shared.check()
-        self._config, self._parts = config, parts
+        self._config, self._windows, self._parts = config, windows, parts
 
-    def __call__(self, item: tuple[int, PromptTable, list[Batch]]) -> tuple[int, tuple[Any, ...]]:
-        w, window, batches = item
-        config = self._config
-        found = measure_window(self._parts, stages_of(config), window, batches, config.policy.n, config.likelihood)
+    def __call__(self, item: tuple[int, list[Batch]]) -> tuple[int, tuple[Any, ...]]:
+        w, batches = item
+        config, stages = self._config, stages_of(self._config)
+        found = measure_window(self._parts, stages, self._windows(w), batches, config.policy.n, config.likelihood)
         for name, table in zip(_TABLES, (found.completions, found.prompts), strict=True):
             self._parts.write(name, w, 0, table, 0.0)
         return w, (asdict(found.tally), found.seconds)
