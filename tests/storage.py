@@ -16,20 +16,21 @@ from pyftpdlib.handlers import FTPHandler
 from pyftpdlib.servers import ThreadedFTPServer
 
 authorizer = DummyAuthorizer()
-authorizer.add_anonymous(sys.argv[2], perm="elradfmwMT")
+authorizer.add_anonymous(sys.argv[2], perm=sys.argv[3])
 FTPHandler.authorizer = authorizer
 ThreadedFTPServer(("127.0.0.1", int(sys.argv[1])), FTPHandler).serve_forever()
 """
 
 
 @contextmanager
-def ftp(folder: Path) -> Iterator[str]:
-    """Serve a folder, readable and writable; gives its address."""
+def ftp(folder: Path, *, writable: bool = True) -> Iterator[str]:
+    """Serve a folder; gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SERVER, str(port), str(folder)], stderr=subprocess.DEVNULL
+        [sys.executable, "-W", "ignore", "-c", SERVER, str(port), str(folder), "elr" + "adfmwMT" * writable],
+        stderr=subprocess.DEVNULL,
     )
     try:
         until(lambda: _answers(port) or server.poll() is not None, 120)

@@ -64,6 +64,14 @@ def test_what_is_no_storage_is_said() -> None:
         check_storage("ftp://127.0.0.1:9/x")
 
 
+def test_a_storage_is_tried_before_anything_is_computed(tmp_path: Path) -> None:
+    with ftp(tmp_path) as address:
+        check_storage(f"{address}/audits")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    with ftp(tmp_path, writable=False) as address, pytest.raises(DissonanceError, match=f"{address}/audits: the stor"):
+        check_storage(f"{address}/audits")
+
+
 def test_a_process_sees_what_another_has_written_since_it_looked(tmp_path: Path) -> None:
     with ftp(tmp_path) as address:
         here, there = Parts(f"{address}/parts"), Parts(tmp_path / "parts")

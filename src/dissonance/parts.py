@@ -118,14 +118,18 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def check_storage(storage: str) -> None:
-    """Find out whether a storage can be used.
+    """Find out whether a storage can be used: put a small file there, and remove it.
 
     Raises:
         SettingsError: as `check_url`, or fsspec does not know it.
-        DissonanceError: it does not answer.
+        DissonanceError: it does not answer, or lets nothing be written.
     """
     check_url(storage)
-    Parts(storage).names()
+    with _storage(storage) as (there, folder):
+        there.makedirs(folder, exist_ok=True)
+        trial = f"{folder}/trial-{secrets.token_hex(8)}.tmp"
+        there.pipe_file(trial, b"")
+        there.rm(trial)
 
 
 def check_url(storage: str) -> None:
