@@ -23,13 +23,13 @@ ThreadedFTPServer(("127.0.0.1", int(sys.argv[1])), FTPHandler).serve_forever()
 
 
 @contextmanager
-def ftp(folder: Path, *, writable: bool = True) -> Iterator[str]:
-    """Serve a folder; gives its address."""
+def ftp(folder: Path, *, rights: str = "elradfmwMT") -> Iterator[str]:
+    """Serve a folder, with these rights of pyftpdlib's; gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", SERVER, str(port), str(folder), "elr" + "adfmwMT" * writable],
+        [sys.executable, "-W", "ignore", "-c", SERVER, str(port), str(folder), rights],
         stderr=subprocess.DEVNULL,
     )
     try:

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from conftest import WORDS
 from dissonance import AuditConfig, audit, cli, kendall_tau_distance, pacs, select
 from dissonance.artifacts import create_run
 from dissonance.config import PolicyConfig
+from dissonance.engine.local import LocalEngine, LocalRound
 from dissonance.errors import DataError, RunError, SettingsError
 from dissonance.measuring import conflicts
 from dissonance.prompts import load_prompts
@@ -188,6 +191,25 @@ def test_several_windows_keep_the_order_of_the_prompts(
     one, three = tables(tmp_path / "one"), tables(tmp_path / "three")
     assert [c["token_ids"] for c in one["completions"]] == [c["token_ids"] for c in three["completions"]]
     assert [p["prompt_id"] for p in one["prompts"]] == [p["prompt_id"] for p in three["prompts"]]
+
+
+def test_an_audit_keeps_no_prompts_that_its_engine_has(
+    policy_folder: Path, reward_folder: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    class Watched(LocalEngine):
+        def prepare(self, config: AuditConfig, prompts: Sequence[Prompt]) -> LocalRound:
+            prepared, given = super().prepare(config, prompts), weakref.ref(prompts)
+            measure = prepared.measure
+
+            def watched(*arguments: Any) -> dict[str, Any]:
+                assert given() is None
+                return measure(*arguments)
+
+            prepared.measure = watched  # type: ignore[method-assign]
+            return prepared
+
+    audit(config(policy_folder, reward_folder, prompts_file), tmp_path / "run", engine=Watched())
+    assert len(tables(tmp_path / "run")["prompts"]) == 12
 
 
 def test_truncation_and_unfinished_answers_are_counted(

@@ -384,7 +384,7 @@ def test_the_api_answers_in_the_order_it_gives(tmp_path: Path) -> None:
 
 def test_the_api_is_as_blind_as_the_page(tmp_path: Path) -> None:
     best = {"pairwise": "text 0", "ranking": "text 2"}
-    with store_of(tmp_path, *[ask(f"q{i}", "ranking" if i % 2 else "pairwise") for i in range(64)]) as store:
+    with store_of(tmp_path, *[ask(f"the-query-{i}", "ranking" if i % 2 else "pairwise") for i in range(64)]) as store:
         client = client_of(store, LOGIN, invite(store, "ann"))
         orders = set()
         for i in range(64):  # by chance alone all 32 pairs stand in one order once in 2**31 runs
@@ -402,8 +402,8 @@ def test_the_api_is_as_blind_as_the_page(tmp_path: Path) -> None:
             reply = client.post("/api/answers", json=body).json()
             said = {name: value for name, value in reply["answer"].items() if value is not None}
             assert (said, reply["question_id"]) == (answer, asked["question_id"])
-            told = json.dumps([asked | {"completions": []}, reply]).replace(asked["question_id"], "")
-            assert query_id not in told  # the token is random, and may hold it
+            # By chance no token holds an id as long as these.
+            assert query_id not in json.dumps([asked | {"completions": []}, reply])
         assert len(orders & {(5, 6), (6, 5)}) == 2
         assert len(orders) > 4
         assert {label.answer for label in store.labels()} == {Answer("first"), Answer(ranks=(2, 2, 1, 2))}

@@ -64,12 +64,16 @@ def test_what_is_no_storage_is_said() -> None:
         check_storage("ftp://127.0.0.1:9/x")
 
 
-def test_a_storage_is_tried_before_anything_is_computed(tmp_path: Path) -> None:
-    with ftp(tmp_path) as address:
-        check_storage(f"{address}/audits")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    with ftp(tmp_path, writable=False) as address, pytest.raises(DissonanceError, match=f"{address}/audits: the stor"):
-        check_storage(f"{address}/audits")
+@pytest.mark.parametrize("without", ["", "w", "f", "d", "r"])
+def test_a_storage_that_does_not_let_us_do_all_that_a_round_does(without: str, tmp_path: Path) -> None:
+    rights = "".join(set("elradfmwMT") - set(without))
+    with ftp(tmp_path, rights=rights) as address:
+        if without:
+            with pytest.raises(SettingsError, match=f"--storage {address}/audits cannot be used: 550 Not enough priv"):
+                check_storage(f"{address}/audits")
+        else:
+            check_storage(f"{address}/audits")
+            assert [path.name for path in tmp_path.rglob("*")] == ["audits"]
 
 
 def test_a_process_sees_what_another_has_written_since_it_looked(tmp_path: Path) -> None:

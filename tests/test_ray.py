@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 def quick(prompts, completions):
     return [float(len(set(c.split()))) for c in completions]
 def slow(prompts, completions):
-    time.sleep(0.5)
+    time.sleep(0.25)
     return quick(prompts, completions)
 def gated(prompts, completions):
     if len(completions) > 1:
@@ -80,9 +80,12 @@ def write_prompts(path: Path) -> Path:
     return path
 
 
-def command(*arguments: object, cwd: Path) -> "subprocess.Popen[str]":
+SMALL_WINDOWS = ("-c", "from dissonance import cli, stages; stages.WINDOW = 50; cli.main()")
+
+
+def command(*arguments: object, cwd: Path, start: tuple[str, str] = ("-m", "dissonance")) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "dissonance", *map(str, arguments)],
+        [sys.executable, *start, *map(str, arguments)],
         cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -123,14 +126,11 @@ def test_a_cluster_measures_what_one_process_measures(
 ) -> None:
     policy, reference = make_policy(), make_policy(seed=5)
     options = {"reference": reference, "likelihood": "relative"}
-    here = command(*audit(policy, reward_folder, many_prompts, tmp_path / "here", **options), cwd=tmp_path)
-    assert ended(here)[0] == 0
-    there = command(
-        *audit(policy, reward_folder, many_prompts, tmp_path / "there", **options, **on(cluster, workers=None)),
-        cwd=tmp_path,
-    )
-    code, out, err = ended(there)
-    assert code == 0, err
+    found = {}
+    for name, where in (("here", {}), ("there", on(cluster))):
+        settings = audit(policy, reward_folder, many_prompts, tmp_path / name, **options, **where)
+        code, found[name], err = ended(command(*settings, cwd=tmp_path, start=SMALL_WINDOWS))
+        assert code == 0, err
     assert same(tables(tmp_path / "here"), tables(tmp_path / "there"))
     assert not (tmp_path / "there" / "round-000" / "parts").exists()
     assert "sampling: 480/480 completions" in err
@@ -138,9 +138,8 @@ def test_a_cluster_measures_what_one_process_measures(
     assert "Warning" not in err
     assert "logging.cc" not in err
     timeless = {"seconds", "tokens_per_second"}
-    here_found = json.loads((tmp_path / "here" / "summary.json").read_text())
-    there_found = json.loads(out)
-    assert {**there_found, **dict.fromkeys(timeless)} == {**here_found, **dict.fromkeys(timeless)}
+    here, there = ({**json.loads(found[name]), **dict.fromkeys(timeless)} for name in ("here", "there"))
+    assert here == there
 
 
 def test_models_behind_a_server_are_asked_by_the_nodes(
@@ -209,7 +208,7 @@ def test_rounds_begin_on_a_cluster_with_what_the_round_before_has_trained(
 ) -> None:
     settings = write_world(tmp_path, make_policy, make_reward_model) | {"rounds": {"most": 2}}
     (tmp_path / "run.yaml").write_text(json.dumps(settings))  # which is YAML too
-    for name, where in (("here", {}), ("there", on(cluster))):
+    for name, where in (("here", {}), ("there", on(cluster, workers=1))):
         options = [x for option, value in where.items() for x in (f"--{option}", value)]
         code, _, err = ended(command("run", "run.yaml", "--out", name, *options, cwd=tmp_path))
         assert code == 0, err
@@ -223,7 +222,7 @@ def test_a_killed_run_goes_on_and_names_a_part_that_cannot_be_read(
 ) -> None:
     folder, expected = undisturbed
     out = tmp_path / "run"
-    settings = audit(policy_folder, "rewards:slow", folder / "prompts.jsonl", out, **on(cluster))
+    settings = audit(policy_folder, "rewards:slow", folder / "prompts.jsonl", out, **on(cluster, workers=1))
     running = command(*settings, cwd=folder)
     until(lambda: parts(out, "rewards") >= 2, 400)
     running.kill()
@@ -267,6 +266,10 @@ def test_what_a_worker_finds_wrong_is_said_as_here(
     )
     assert code == 2
     assert "no node has room for a worker of 1 CPU, 1 GPU" in err
+    nowhere = audit(policy_folder, reward_folder, many_prompts, tmp_path / "run", **on(cluster, storage="nowhere://x"))
+    code, _, err = ended(command(*nowhere, cwd=tmp_path))
+    assert code == 2
+    assert "--storage nowhere://x cannot be used" in err
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1"])
@@ -303,7 +306,7 @@ def test_nodes_that_share_no_disk_leave_their_parts_in_a_storage(
     folder, expected = undisturbed
     (tmp_path / "served").mkdir()
     with ftp(tmp_path / "served") as address:
-        options = on(cluster, storage=f"{address}/audits")
+        options = on(cluster, storage=f"{address}/audits", workers=1)
         settings = audit(policy_folder, "rewards:slow", folder / "prompts.jsonl", tmp_path / "run", **options)
         running = command(*settings, cwd=folder)
         stored = until(lambda: list((tmp_path / "served" / "audits").glob("*/round-000/rewards-*")), 400)

@@ -171,7 +171,6 @@ def play_round(
     """
     run, number = stages.run, stages.number
     stages.folder.mkdir(exist_ok=True)
-    prompts = _prompts(config, number).prompts
     policy, reward = models_of_round(run, number, config)
     seed = partial(seed_of, config.seed, number)
     now = config.model_copy(update={"policy": policy, "reward_model": reward, "seed": seed()})
@@ -179,7 +178,9 @@ def play_round(
 
     def measure() -> dict[str, Any]:
         if measured is None:
-            return _timeless(engine.prepare(now.audit, prompts).measure(stages.folder, progress))
+            return _timeless(
+                engine.prepare(now.audit, _prompts(config, number).prompts).measure(stages.folder, progress)
+            )
         found = _timeless(measured.copy(stages.folder))
         other = measured.run
         run.finish("taken-over", run=str(other.path), run_id=other.run_id, versions=other.ledger["versions"])

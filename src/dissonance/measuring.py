@@ -70,7 +70,8 @@ def audit(
     if (done := _finished(out, "audit", settings, inputs)) is not None:
         engine.forget(out / "round-000")  # what a kill at the very end has left
         return done
-    prepared, duplicates = engine.prepare(config, loaded.prompts), loaded.n_duplicates
+    prepared = engine.prepare(config, loaded.prompts)
+    duplicates = loaded.n_duplicates
     del loaded  # a million prompts, which rest with the engine now
     with create_run(out, "audit", settings, inputs) as run:
         found = {**prepared.measure(run.round(), progress), "duplicates": duplicates}

@@ -118,18 +118,22 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def check_storage(storage: str) -> None:
-    """Find out whether a storage can be used: put a small file there, and remove it.
+    """Find out whether a storage can be used: put a part there, read it, and remove it.
 
     Raises:
-        SettingsError: as `check_url`, or fsspec does not know it.
-        DissonanceError: it does not answer, or lets nothing be written.
+        SettingsError: as `check_url`, or fsspec does not know it, it does not answer, or it does not let us do that.
     """
     check_url(storage)
-    with _storage(storage) as (there, folder):
-        there.makedirs(folder, exist_ok=True)
-        trial = f"{folder}/trial-{secrets.token_hex(8)}.tmp"
-        there.pipe_file(trial, b"")
-        there.rm(trial)
+    trial = Parts(f"{storage.rstrip('/')}/trial-{secrets.token_hex(8)}")
+    try:
+        try:
+            trial.write("trial", 0, 0, pa.table({"x": [0]}), 0.0)
+            trial.names()
+            trial.read("trial", 0, 0)
+        finally:
+            trial.remove()
+    except DissonanceError as error:
+        raise SettingsError(f"--storage {storage} cannot be used: {error.__cause__ or error}") from error
 
 
 def check_url(storage: str) -> None:

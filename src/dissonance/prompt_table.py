@@ -10,7 +10,8 @@ import pyarrow as pa
 from dissonance.records import PROMPTS_SCHEMA, Message, Prompt, messages_column
 
 _SCHEMA = pa.schema([PROMPTS_SCHEMA.field(name) for name in ("prompt_id", "messages", "category")])
-_CHUNK = 1024
+CHUNK = 1024
+"""Prompts that lie in one piece."""
 _GATHERED = 1 << 30
 
 
@@ -26,7 +27,7 @@ class PromptTable(Sequence[Prompt]):
         if isinstance(prompts, PromptTable):
             return prompts
         rest, parts = iter(prompts), []
-        while chunk := list(islice(rest, _CHUNK)):
+        while chunk := list(islice(rest, CHUNK)):
             columns = {
                 "prompt_id": [prompt.prompt_id for prompt in chunk],
                 "messages": messages_column(chunk),
@@ -50,8 +51,8 @@ class PromptTable(Sequence[Prompt]):
         return _records(self._columns.slice(row, 1))[0]
 
     def __iter__(self) -> Iterator[Prompt]:
-        for start in range(0, len(self), _CHUNK):
-            yield from _records(self._columns.slice(start, _CHUNK))
+        for start in range(0, len(self), CHUNK):
+            yield from _records(self._columns.slice(start, CHUNK))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))

@@ -26,11 +26,12 @@ from dissonance.likelihood import Likelihood, loglikelihood
 from dissonance.models import Planner, Policy, ReferenceModel, RewardModel
 from dissonance.overlap import overlapped
 from dissonance.parts import Parts
-from dissonance.prompt_table import PromptTable
+from dissonance.prompt_table import CHUNK, PromptTable
 from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, Completion, Prompt, messages_column
 from dissonance.round_sample import sampled
 
-WINDOW = 1024
+WINDOW = CHUNK
+"""Prompts of a window: those that Arrow holds in one piece, of which it gathers some in no time."""
 _SAMPLED = pa.schema(
     [f for f in COMPLETIONS_SCHEMA if f.name not in {"ref_logprob", "reward", "reward_truncated", "pacs"}]
 )
@@ -84,15 +85,16 @@ class Stage:
 
 
 def compute(
-    stage: Stage, model: Any, batches: Iterable[Batch], window: Callable[[int], PromptTable], n: int, parts: Parts
+    stage: Stage, model: Any, batches: Iterable[Batch], window_of: Callable[[int], PromptTable], n: int, parts: Parts
 ) -> Iterator[int]:
     """Compute batches of a stage and store them; the completions of each as it is done.
 
-    Of batches that are computed at once, each is said to have taken the seconds since the one before.
+    `window_of` gives a window by its number, to several threads at once. Of batches that are computed at once, each is
+    said to have taken the seconds since the one before.
     """
 
     def one(batch: Batch) -> pa.Table:
-        return stage.compute(model, batch, window(batch.window).take(batch.rows), n, parts)
+        return stage.compute(model, batch, window_of(batch.window).take(batch.rows), n, parts)
 
     start = time.perf_counter()
     with closing(overlapped(model, batches, one)) as computed:
@@ -112,21 +114,23 @@ def _sample(policy: Policy, batch: Batch, prompts: PromptTable, n: int, parts: P
 
 
 def _score(reward_model: RewardModel, batch: Batch, prompts: PromptTable, n: int, parts: Parts) -> pa.Table:
-    texts = _read(parts, SAMPLING, batch, prompts, n)["text"].to_pylist()
+    keys = _keys(prompts.ids.to_pylist(), n)
+    texts = _read(parts, SAMPLING, batch, keys)["text"].to_pylist()
     conversations = [prompt.messages for prompt in prompts for _ in range(n)]
     rewards = reward_model.score(conversations, texts)
     if len(rewards) != len(texts):
         raise DissonanceError(f"the reward model gave {len(rewards)} rewards for {len(texts)} completions")
     columns = {"reward": [r.value for r in rewards], "reward_truncated": [r.truncated for r in rewards]}
-    return pa.table(_keys(prompts, n) | columns, schema=_REWARDS)
+    return pa.table(keys | columns, schema=_REWARDS)
 
 
 def _refer(reference: ReferenceModel, batch: Batch, prompts: PromptTable, n: int, parts: Parts) -> pa.Table:
-    ids = _read(parts, SAMPLING, batch, prompts, n)["token_ids"].to_pylist()
+    keys = _keys(prompts.ids.to_pylist(), n)
+    ids = _read(parts, SAMPLING, batch, keys)["token_ids"].to_pylist()
     grouped = [ids[first : first + n] for first in range(0, len(ids), n)]
     sums = reference.logprobs(list(prompts), grouped)
     flat = [value for group in sums for value in group]
-    return pa.table(_keys(prompts, n) | {"ref_logprob": flat}, schema=_REFERENCE)
+    return pa.table(keys | {"ref_logprob": flat}, schema=_REFERENCE)
 
 
 SAMPLING = Stage("completions", "sampling", _sample)
@@ -138,18 +142,15 @@ SCORING = Stage("rewards", "scoring", _score)
 STAGES = {stage.name: stage for stage in (SAMPLING, REFERENCE, SCORING)}
 
 
-def _keys(prompts: PromptTable, n: int) -> dict[str, list[Any]]:
-    """What stands in the key columns of every part of a batch."""
-    return {
-        "prompt_id": [name for name in prompts.ids.to_pylist() for _ in range(n)],
-        "completion_id": [*range(n)] * len(prompts),
-    }
+def _keys(ids: Sequence[str], n: int) -> dict[str, list[Any]]:
+    """What stands in the key columns of every part of a batch of these prompts."""
+    return {"prompt_id": [name for name in ids for _ in range(n)], "completion_id": [*range(n)] * len(ids)}
 
 
-def _read(parts: Parts, stage: Stage, batch: Batch, prompts: PromptTable, n: int) -> pa.Table:
+def _read(parts: Parts, stage: Stage, batch: Batch, keys: dict[str, list[Any]]) -> pa.Table:
     """A stored batch, which must hold what the plan says: positions alone would give a prompt another's reward."""
     table = parts.read(stage.name, batch.window, batch.number)
-    if table.select(_KEYS).to_pydict() != _keys(prompts, n):
+    if table.select(_KEYS).to_pydict() != keys:
         name = parts.name(stage.name, batch.window, batch.number)
         raise RunError(f"{name} holds other completions than planned: delete it and run the same command again")
     return table
@@ -237,12 +238,12 @@ def _window_table(
 ) -> tuple[pa.Table, dict[str, float]]:
     """The completions of a window in the order of its prompts, and the seconds that each stage took."""
     seconds = dict.fromkeys(STAGES, 0.0)
-    tables = []
+    tables, ids = [], window.ids.to_pylist()
     for batch in batches:
         columns: dict[str, pa.ChunkedArray] = {}
-        prompts = window.take(batch.rows)
+        keys = _keys([ids[row] for row in batch.rows], n)
         for stage in stages:
-            part = _read(parts, stage, batch, prompts, n)
+            part = _read(parts, stage, batch, keys)
             seconds[stage.name] += float(part.schema.metadata[b"seconds"])
             columns |= dict(zip(part.column_names, part.columns, strict=True))
         tables.append(pa.table(columns))

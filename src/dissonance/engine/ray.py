@@ -90,6 +90,7 @@ class RayRound:
         pool.once(_try, config, prompts[0])
         self._pool, self._config, self._storage = pool, config, storage
         self._windows = _Windows.of(windows_of(prompts))
+        # On workers with GPUs, since the plan is by the device.
         planned = pool.each(_Planner, (config, self._windows), range(len(self._windows.refs)), gpus=True)
         by_window = dict(planned)
         self._batches = [batch for w in range(len(by_window)) for batch in by_window[w]]
@@ -129,7 +130,8 @@ class _Windows:
         """Put them there."""
         import ray
 
-        return cls([ray.put(window) for window in windows])
+        with ray_errors():
+            return cls([ray.put(window) for window in windows])
 
     def __call__(self, number: int) -> PromptTable:
         """One of them, on whatever node this is."""
