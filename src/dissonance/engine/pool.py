@@ -13,7 +13,7 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,13 +95,17 @@ class Pool:
 
     def once(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function on a worker."""
+        return self.calls(function, [arguments])[0]
+
+    def calls(self, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """Call a function with each of these as tasks, for which a worker need not start; what it gives, in order."""
         import ray
 
         options = self._options
         remote = ray.remote(_Each.once).options(num_cpus=options.cpus, num_gpus=options.gpus)
         with ray_errors():
-            outcome = ray.get(remote.remote(self.environment, function, arguments))
-        return value_of(outcome)
+            outcomes = ray.get([remote.remote(self.environment, function, each) for each in arguments])
+        return [value_of(outcome) for outcome in outcomes]
 
     def each(self, worker: type, arguments: tuple[Any, ...], items: Sequence[Any], *, gpus: bool) -> Iterator[Any]:
         """What `worker(*arguments)` gives for each item, as they are done.

@@ -1,6 +1,6 @@
 r"""A round on a Ray cluster: every stage is a Ray Data pipeline over a pool of actors that have loaded its model.
 
-    prompts -> windows -> plan ------------------> batches
+    prompts -> windows -> tasks that plan -------> batches
     batches -> pool of policies ------> parts \
     batches -> pool of reward models -> parts  }-> windows -> conflicts -> the round's two tables
 
@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,10 +91,11 @@ class RayRound:
         pool.once(_try, config, prompts[0])
         self._pool, self._config, self._storage = pool, config, storage
         self._windows = _Windows.of(windows_of(prompts))
-        # On workers with GPUs, since the plan is by the device.
-        planned = pool.each(_Planner, (config, self._windows), range(len(self._windows.refs)), gpus=True)
-        by_window = dict(planned)
-        self._batches = [batch for w in range(len(by_window)) for batch in by_window[w]]
+        refs = self._windows.refs
+        share = math.ceil(len(refs) / pool.workers)
+        starts = range(0, len(refs), share)
+        planned = pool.calls(_plan, [(config, first, _Windows(refs[first : first + share])) for first in starts])
+        self._batches = list(chain.from_iterable(planned))
 
     def measure(self, folder: Path, progress: ProgressFactory) -> dict[str, Any]:
         """Sample, score and measure: leaves `completions.parquet` and `prompts.parquet` in a round's folder."""
@@ -139,16 +141,6 @@ class _Windows:
 
         with ray_errors():
             return ray.get(self.refs[number])
-
-
-class _Planner:
-    def __init__(self, config: AuditConfig, windows: _Windows) -> None:
-        from dissonance.sampling import load_planner
-
-        self._planner, self._windows = load_planner(config.policy), windows
-
-    def __call__(self, w: int) -> tuple[int, list[Batch]]:
-        return w, plan_window(self._planner, w, self._windows(w))
 
 
 class _Computer:
@@ -215,6 +207,14 @@ def _try(config: AuditConfig, prompt: Prompt) -> None:
     for stage in stages_of(config):
         if stage is not SCORING:
             load_model(stage, config)
+
+
+def _plan(config: AuditConfig, first: int, windows: _Windows) -> list[Batch]:
+    """The batches of some windows, which begin with this one; on a worker, since the plan is by its device."""
+    from dissonance.sampling import load_planner
+
+    planner = load_planner(config.policy)
+    return [batch for i in range(len(windows.refs)) for batch in plan_window(planner, first + i, windows(i))]
 
 
 def _absolute(config: AuditConfig) -> AuditConfig:
