@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dissonance.config import PolicyConfig
 from dissonance.engine.local import LocalEngine, LocalRound
 from dissonance.errors import DataError, RunError, SettingsError
 from dissonance.measuring import conflicts
+from dissonance.progress import Advance
 from dissonance.prompts import load_prompts
 from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, QUERIES_SCHEMA, Prompt
 from dissonance.sampling import HFPolicy
@@ -196,19 +198,19 @@ def test_several_windows_keep_the_order_of_the_prompts(
 def test_an_audit_keeps_no_prompts_that_its_engine_has(
     policy_folder: Path, reward_folder: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
+    given = []
+
     class Watched(LocalEngine):
         def prepare(self, config: AuditConfig, prompts: Sequence[Prompt]) -> LocalRound:
-            prepared, given = super().prepare(config, prompts), weakref.ref(prompts)
-            measure = prepared.measure
+            given.append(weakref.ref(prompts))
+            return super().prepare(config, prompts)
 
-            def watched(*arguments: Any) -> dict[str, Any]:
-                assert given() is None
-                return measure(*arguments)
+    @contextmanager
+    def stage(*_: object) -> Iterator[Advance]:
+        assert given[0]() is None
+        yield lambda _: None
 
-            prepared.measure = watched  # type: ignore[method-assign]
-            return prepared
-
-    audit(config(policy_folder, reward_folder, prompts_file), tmp_path / "run", engine=Watched())
+    audit(config(policy_folder, reward_folder, prompts_file), tmp_path / "run", stage, engine=Watched())
     assert len(tables(tmp_path / "run")["prompts"]) == 12
 
 

@@ -67,9 +67,9 @@ class PromptTable(Sequence[Prompt]):
         return PromptTable, (self.take(range(len(self)))._columns,)  # noqa: SLF001 - its own
 
     @property
-    def ids(self) -> pa.ChunkedArray:
-        """Their prompt_ids."""
-        return self._columns["prompt_id"]
+    def columns(self) -> pa.Table:
+        """`prompt_id`, `messages` and `category`, as `PROMPTS_SCHEMA` has them."""
+        return self._columns
 
     def take(self, rows: Sequence[int]) -> "PromptTable":
         """The prompts in these places, in this order."""

@@ -27,7 +27,7 @@ from dissonance.models import Planner, Policy, ReferenceModel, RewardModel
 from dissonance.overlap import overlapped
 from dissonance.parts import Parts
 from dissonance.prompt_table import CHUNK, PromptTable
-from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, Completion, Prompt, messages_column
+from dissonance.records import COMPLETIONS_SCHEMA, PROMPTS_SCHEMA, Completion, Prompt
 from dissonance.round_sample import sampled
 
 WINDOW = CHUNK
@@ -114,7 +114,7 @@ def _sample(policy: Policy, batch: Batch, prompts: PromptTable, n: int, parts: P
 
 
 def _score(reward_model: RewardModel, batch: Batch, prompts: PromptTable, n: int, parts: Parts) -> pa.Table:
-    keys = _keys(prompts.ids.to_pylist(), n)
+    keys = _keys(prompts.columns["prompt_id"].to_pylist(), n)
     texts = _read(parts, SAMPLING, batch, keys)["text"].to_pylist()
     conversations = [prompt.messages for prompt in prompts for _ in range(n)]
     rewards = reward_model.score(conversations, texts)
@@ -125,7 +125,7 @@ def _score(reward_model: RewardModel, batch: Batch, prompts: PromptTable, n: int
 
 
 def _refer(reference: ReferenceModel, batch: Batch, prompts: PromptTable, n: int, parts: Parts) -> pa.Table:
-    keys = _keys(prompts.ids.to_pylist(), n)
+    keys = _keys(prompts.columns["prompt_id"].to_pylist(), n)
     ids = _read(parts, SAMPLING, batch, keys)["token_ids"].to_pylist()
     grouped = [ids[first : first + n] for first in range(0, len(ids), n)]
     sums = reference.logprobs(list(prompts), grouped)
@@ -238,7 +238,7 @@ def _window_table(
 ) -> tuple[pa.Table, dict[str, float]]:
     """The completions of a window in the order of its prompts, and the seconds that each stage took."""
     seconds = dict.fromkeys(STAGES, 0.0)
-    tables, ids = [], window.ids.to_pylist()
+    tables, ids = [], window.columns["prompt_id"].to_pylist()
     for batch in batches:
         columns: dict[str, pa.ChunkedArray] = {}
         keys = _keys([ids[row] for row in batch.rows], n)
@@ -250,7 +250,7 @@ def _window_table(
     table = pa.concat_tables(tables)
     if "ref_logprob" not in table.column_names:
         table = table.append_column("ref_logprob", pa.nulls(len(table), pa.float64()))
-    position = pc.index_in(table["prompt_id"], window.ids)
+    position = pc.index_in(table["prompt_id"], window.columns["prompt_id"])
     keyed = table.append_column("position", position)
     ordered = keyed.sort_by([("position", "ascending"), ("completion_id", "ascending")]).drop_columns("position")
     return ordered, seconds
@@ -261,15 +261,13 @@ def _measure(table: pa.Table, window: PromptTable, likelihood: Likelihood) -> Co
         raise DissonanceError(f"{len(table)} completions for {len(window)} prompts: run the command again")
     offsets = np.arange(len(window) + 1) * (len(table) // len(window))
     rewards = table["reward"].to_numpy()
-    return conflicts(rewards, loglikelihood(table, likelihood), offsets, window.ids.to_pylist())
+    return conflicts(rewards, loglikelihood(table, likelihood), offsets, window.columns["prompt_id"].to_pylist())
 
 
 def _prompts_table(window: PromptTable, found: Conflicts) -> pa.Table:
     return pa.table(
         {
-            "prompt_id": window.ids,
-            "messages": messages_column(window),
-            "category": pa.array([p.category for p in window], pa.string()),
+            **{name: window.columns[name] for name in window.columns.column_names},
             "n_completions": found.n_completions.astype(np.int32),
             "kendall_tau_distance": found.kendall_tau_distance,
             "mean_abs_pacs": found.mean_abs_pacs,
